@@ -1,0 +1,205 @@
+"""The cluster's configuration: what is read from files, the command line and Serve's arguments.
+
+Everything here is strict (unknown fields are refused) and immutable, and imports neither torch nor Ray.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from raymoe.errors import ConfigError
+
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-moe"
+"""The small trained checkpoint that ships with the package."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size_bytes(value: Any) -> Any:
+    """Turn ``"4MiB"``, ``"200MB"`` or a number into bytes; leave other types to pydantic's own message."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f'"{value}" is not a size; write bytes as a number or as "4MiB", "200MB", "1.5GiB"')
+    return round(float(match[1]) * _UNITS[match[2].upper()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(gt=0)]
+
+
+class StrictModel(BaseModel):
+    """Base of all configuration: immutable, and a misspelt field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(StrictModel):
+    """Which checkpoint is served, and in which precision."""
+
+    path: str | None = Field(
+        None, description="Directory or hub id of the checkpoint; omitted: the embedded one."
+    )
+    name: str | None = Field(None, description="Name shown by the API; omitted: the last part of the path.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of weights and activations; auto: as the checkpoint says."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that lies in the checkpoint. Off for safety."
+    )
+
+    @property
+    def source(self) -> str:
+        """The path or hub id to open."""
+        return self.path if self.path is not None else str(EMBEDDED_MODEL)
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in the API."""
+        return self.name or Path(self.source.rstrip("/")).name
+
+
+class LinkConfig(StrictModel):
+    """An emulated link between host memory and slots. For tests and benchmarks only: it imitates a slow bus.
+
+    A transfer takes ``latency_s + bytes / bytes_per_s`` without burning CPU. Everything that reports on such a
+    device says ``emulated``.
+    """
+
+    bytes_per_s: Bytes
+    latency_s: float = Field(0.0, ge=0, le=10)
+
+
+class DeviceConfig(StrictModel):
+    """One edge device: where it computes, and how much memory its shard and its slots may take."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    kind: str = Field("cpu", pattern=r"^(cpu|cuda:\d+)$", description='"cpu" or "cuda:N".')
+    slot_memory: Bytes | None = Field(
+        None, description="Strict budget for device slots. Omitted on cpu: compute straight from host memory."
+    )
+    host_memory: Bytes | None = Field(
+        None, description="Most memory its shard may take; omitted: 80% of what is free."
+    )
+    link: LinkConfig | None = Field(None, description="Emulated link; cpu only, for tests and benchmarks.")
+    transport: Literal["zmq", "local"] = Field(
+        "zmq", description='"zmq": a worker process of its own; "local": inside the engine\'s process.'
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads for this worker's arithmetic; omitted: 1."
+    )
+    node_labels: dict[str, str] = Field(
+        default_factory=dict, description="Ray node labels the worker must match."
+    )
+    resources: dict[str, float] = Field(default_factory=dict, description="Ray resources the worker takes.")
+
+    @model_validator(mode="after")
+    def _link_only_on_cpu(self) -> "DeviceConfig":
+        if self.link is not None and self.kind != "cpu":
+            raise ValueError(
+                f'device "{self.name}": "link" emulates a bus and works on kind "cpu" only, not "{self.kind}"; '
+                "a real GPU has a real link, remove it"
+            )
+        if self.kind != "cpu" and self.slot_memory is None:
+            raise ValueError(
+                f'device "{self.name}" of kind "{self.kind}" needs "slot_memory", for example "2GiB"'
+            )
+        return self
+
+
+class TrunkConfig(StrictModel):
+    """Where everything but the routed experts lives."""
+
+    device: str = Field("cpu", pattern=r"^(cpu|cuda:\d+)$")
+    kv_memory: Bytes | None = Field(None, description="Most memory for KV caches of running requests.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the trunk; omitted: one per core.")
+    max_running: int = Field(8, ge=1, le=1024, description="Requests that decode at the same time.")
+    max_waiting: int = Field(64, ge=0, le=100_000, description="Requests that may wait; more are refused.")
+    native_kernels: bool = Field(
+        True, description="Use C++ kernels for decoding on a CPU where a compiler is found."
+    )
+
+
+class SchedulingConfig(StrictModel):
+    """How experts are brought into slots."""
+
+    policy: Literal["on_demand", "all_resident"] = "on_demand"
+    call_timeout_s: float = Field(60.0, gt=0, description="Longest wait for one expert call.")
+
+
+class ServingConfig(StrictModel):
+    """The HTTP side."""
+
+    max_output_tokens: int = Field(4096, ge=1, description="Upper limit for max_tokens of one request.")
+    request_timeout_s: float = Field(600.0, gt=0, description="A request that takes longer is ended.")
+
+
+class ClusterConfig(StrictModel):
+    """A whole cluster: the model, its devices, the trunk, and how experts are scheduled."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    devices: tuple[DeviceConfig, ...] = Field(default=(DeviceConfig(name="cpu-0"),), min_length=1)
+    trunk: TrunkConfig = Field(default_factory=TrunkConfig)
+    replication: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Owners per expert; auto: 2 where half of the free memory holds it, else 1."
+    )
+    scheduling: SchedulingConfig = Field(default_factory=SchedulingConfig)
+    serving: ServingConfig = Field(default_factory=ServingConfig)
+    bind: str | None = Field(
+        None,
+        description="Address the data plane binds; omitted: loopback, or the node's address in a real cluster.",
+    )
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "ClusterConfig":
+        names = [device.name for device in self.devices]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"device names must be unique, but {', '.join(twice)} is used more than once")
+        if isinstance(self.replication, int) and self.replication > len(self.devices):
+            raise ValueError(
+                f"replication {self.replication} needs as many devices, but only {len(self.devices)} are listed"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ClusterConfig":
+        """Read a YAML file. Raises ConfigError naming the file and every wrong field."""
+        file = Path(path)
+        try:
+            text = file.read_text()
+        except OSError as error:
+            raise ConfigError(f"can't read the cluster config {file}: {error.strerror or error}") from error
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file} is not valid YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(
+                f"{file} must hold a mapping with keys such as model, devices; found {type(data).__name__}"
+            )
+        return cls.parse(data, where=str(file))
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], *, where: str = "cluster config") -> "ClusterConfig":
+        """Validate a mapping. Raises ConfigError with one line per wrong field."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {describe(error)}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """One line per wrong field: its path, what is wrong, what was given."""
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"]) or "(whole)"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "no such field; check the spelling against docs/configuration.md"
+        lines.append(f"{place}: {message}")
+    return "; ".join(lines)

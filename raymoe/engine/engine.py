@@ -1,0 +1,363 @@
+"""The engine: a step loop over a set of requests.
+
+One thread owns the model and every sequence. Others submit and cancel; answers go out through a callback, in
+chunks. Each step decodes one token of every running request, then admits waiting ones.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NewType
+
+import torch
+
+from raymoe.config import TrunkConfig
+from raymoe.engine.dispatch import Dispatcher
+from raymoe.engine.request import Chunk, SamplingParams, TokenLogprob, Usage
+from raymoe.engine.sampling import Sampler, SamplingDefaults
+from raymoe.engine.text import Decoder, TextStream
+from raymoe.errors import EngineStoppedError, OverloadedError, RequestError
+from raymoe.model.runner import Runner, SequenceState
+from raymoe.types import Routing
+
+log = logging.getLogger(__name__)
+
+RequestId = NewType("RequestId", int)
+IDLE_WAIT_S = 0.5  # how often an idle engine looks whether it should stop
+
+OnChunk = Callable[[Chunk | BaseException], None]
+"""Receives every chunk; an exception instead of one ends the request. Called on the engine's thread."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sequence:
+    """One request in the engine."""
+
+    id: RequestId
+    prompt: list[int]
+    max_tokens: int
+    end_tokens: frozenset[int]
+    sampler: Sampler
+    text: TextStream
+    on_chunk: OnChunk
+    answer: list[int] = field(default_factory=list)
+    state: SequenceState | None = None
+    routing: Routing = field(default_factory=Routing)
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReport:
+    """What the engine says of itself."""
+
+    running: int
+    waiting: int
+    finished: int
+    failed: int
+    prompt_tokens: int
+    completion_tokens: int
+    kv_bytes: int
+    kv_budget_bytes: int | None
+    routing: Routing
+    decode_s: float
+    steps: int
+
+
+class Engine:
+    """Runs requests on the trunk.
+
+    Args:
+        context: most tokens of prompt and answer together; None where the model names no limit.
+        end_tokens: the model's ends of sequence.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        dispatcher: Dispatcher,
+        config: TrunkConfig,
+        *,
+        tokenizer: Decoder | None,
+        defaults: SamplingDefaults,
+        end_tokens: frozenset[int],
+        context: int | None,
+        vocabulary: int,
+        max_output_tokens: int,
+    ) -> None:
+        self._runner = runner
+        self._dispatcher = dispatcher
+        self._config = config
+        self._tokenizer = tokenizer
+        self._defaults = defaults
+        self._end_tokens = end_tokens
+        self._context = context
+        self._vocabulary = vocabulary
+        self._max_output_tokens = max_output_tokens
+        self._ids = itertools.count(1)
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._totals: dict[str, Any] = {
+            "finished": 0,
+            "failed": 0,
+            "prompt": 0,
+            "completion": 0,
+            "decode_s": 0.0,
+            "steps": 0,
+        }
+        self._routing = Routing()
+        self._kv_per_token: int | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # --- any thread -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the step loop."""
+        self._thread.start()
+
+    def submit(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        on_chunk: OnChunk,
+        defaults: SamplingDefaults | None = None,
+    ) -> RequestId:
+        """Queue a request. Raises RequestError for a bad one, OverloadedError where the queue is full."""
+        sequence = self._prepare(prompt, params, on_chunk, defaults or self._defaults)
+        with self._wake:
+            self._check_alive()
+            if len(self._waiting) >= self._config.max_waiting + max(
+                0, self._config.max_running - len(self._running)
+            ):
+                raise OverloadedError(
+                    f"{len(self._waiting)} requests are waiting already, no more are taken; try again later"
+                )
+            self._waiting.append(sequence)
+            self._wake.notify()
+        return sequence.id
+
+    def cancel(self, request: RequestId) -> None:
+        """End a request; it gets a last chunk with finish_reason "cancelled". Unknown ids are ignored."""
+        with self._wake:
+            for sequence in (*self._running, *self._waiting):
+                if sequence.id == request:
+                    sequence.cancelled = True
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """Stop the loop; requests that are not finished end with EngineStoppedError."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout=30)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the loop died, or None while it is well."""
+        return self._failure
+
+    def report(self) -> EngineReport:
+        """Counts and totals."""
+        with self._wake:
+            running = list(self._running)
+            return EngineReport(
+                running=len(running),
+                waiting=len(self._waiting),
+                finished=self._totals["finished"],
+                failed=self._totals["failed"],
+                prompt_tokens=self._totals["prompt"],
+                completion_tokens=self._totals["completion"],
+                kv_bytes=self._kv_bytes(running),
+                kv_budget_bytes=self._config.kv_memory,
+                routing=self._routing,
+                decode_s=self._totals["decode_s"],
+                steps=self._totals["steps"],
+            )
+
+    def _prepare(
+        self, prompt: list[int], params: SamplingParams, on_chunk: OnChunk, defaults: SamplingDefaults
+    ) -> _Sequence:
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        bad = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
+        if bad is not None:
+            raise RequestError(
+                f"token id {bad} is outside of the vocabulary (0 to {self._vocabulary - 1})", param="prompt"
+            )
+        room = self._max_output_tokens
+        if self._context is not None:
+            room = min(room, self._context - len(prompt))
+            if room < 1:
+                raise RequestError(
+                    f"the prompt has {len(prompt)} tokens; with at least one to answer, the model's context of "
+                    f"{self._context} tokens is exceeded: shorten it",
+                    param="prompt",
+                )
+        wanted = params.max_tokens
+        if wanted is not None and not 1 <= wanted <= room:
+            limit = (
+                f"the prompt of {len(prompt)} tokens leaves room for {room}"
+                if wanted > 0
+                else "allowed is 1 or more"
+            )
+            raise RequestError(f"max_tokens is {wanted}; {limit}", param="max_tokens")
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_tokens)
+        return _Sequence(
+            id=RequestId(next(self._ids)),
+            prompt=list(prompt),
+            max_tokens=wanted if wanted is not None else room,
+            end_tokens=ends,
+            sampler=Sampler(params, defaults),
+            text=TextStream(self._tokenizer, params.stop),
+            on_chunk=on_chunk,
+        )
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineStoppedError(f"the engine has failed: {self._failure}") from self._failure
+        if self._stopping:
+            raise EngineStoppedError("the engine is stopping")
+
+    # --- the engine's thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
+        try:
+            while not self._stopping:
+                if not self.step():
+                    with self._wake:
+                        self._wake.wait_for(lambda: self._stopping or self._waiting, timeout=IDLE_WAIT_S)
+        except BaseException as error:
+            log.exception("the engine's loop failed")
+            self._failure = error
+        self._end_all(EngineStoppedError(f"the engine stopped: {self._failure or 'shut down'}"))
+
+    def step(self) -> bool:
+        """Decode one token of every running request, then admit waiting ones. Returns whether there was work."""
+        self._drop_cancelled()
+        for sequence in list(self._running):
+            self._advance(sequence)
+        while (sequence := self._next_admitted()) is not None:
+            self._advance(sequence)
+        return bool(self._running or self._waiting)
+
+    def _next_admitted(self) -> "_Sequence | None":
+        with self._wake:
+            if not self._waiting or len(self._running) >= self._config.max_running:
+                return None
+            if self._running and not self._kv_fits(self._waiting[0]):
+                return None
+            sequence = self._waiting.popleft()
+            self._running.append(sequence)
+            return sequence
+
+    def _kv_fits(self, sequence: _Sequence) -> bool:
+        """Whether the caches of all running requests and this one, grown to the full, stay in the budget."""
+        if self._config.kv_memory is None or self._kv_per_token is None:
+            return True
+        tokens = sum(len(other.prompt) + other.max_tokens for other in (*self._running, sequence))
+        return tokens * self._kv_per_token <= self._config.kv_memory
+
+    def _advance(self, sequence: _Sequence) -> None:
+        """One forward pass and one token of a request; an error ends this request only."""
+        try:
+            start = time.perf_counter()
+            if sequence.state is None:
+                logits, sequence.state = self._runner.prefill(sequence.prompt)
+                self._totals["prompt"] += len(sequence.prompt)
+                self._check_kv(sequence)
+            else:
+                logits = self._runner.decode(sequence.state, sequence.answer[-1])
+                self._totals["decode_s"] += time.perf_counter() - start
+                self._totals["steps"] += 1
+            cost = self._dispatcher.take_cost()
+            sequence.routing += cost
+            self._routing += cost
+            token, logprob = sequence.sampler.choose(logits, sequence.prompt, sequence.answer)
+            self._totals["completion"] += 1
+            self._emit(sequence, token, logprob)
+        except Exception as error:  # one request's failure must not take the others down
+            log.exception("request %d failed", sequence.id)
+            self._dispatcher.take_cost()
+            self._totals["failed"] += 1
+            self._remove(sequence)
+            sequence.on_chunk(error)
+
+    def _check_kv(self, sequence: _Sequence) -> None:
+        assert sequence.state is not None
+        used = Runner.cache_bytes(sequence.state)
+        self._kv_per_token = max(self._kv_per_token or 0, -(-used // len(sequence.prompt)))
+        budget = self._config.kv_memory
+        needed = self._kv_per_token * (len(sequence.prompt) + sequence.max_tokens)
+        if budget is not None and needed > budget:
+            raise RequestError(
+                f"{len(sequence.prompt)} prompt and {sequence.max_tokens} new tokens need {needed:,} bytes of KV cache, "
+                f"kv_memory is {budget:,}: ask for fewer tokens or raise trunk.kv_memory",
+                param="max_tokens",
+            )
+
+    def _emit(self, sequence: _Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        sequence.answer.append(token)
+        ended = token in sequence.end_tokens
+        text = "" if ended else sequence.text.push(token)
+        reason = None
+        if ended or sequence.text.stopped:
+            reason = "stop"
+        elif len(sequence.answer) >= sequence.max_tokens:
+            reason = "length"
+        if reason is not None:
+            self._finish(sequence, reason, text + sequence.text.finish(), (token,), logprob)
+        else:
+            sequence.on_chunk(Chunk(text=text, token_ids=(token,), logprobs=(logprob,) if logprob else ()))
+
+    def _finish(
+        self,
+        sequence: _Sequence,
+        reason: str,
+        text: str,
+        tokens: tuple[int, ...],
+        logprob: TokenLogprob | None = None,
+    ) -> None:
+        self._remove(sequence)
+        self._totals["finished"] += 1
+        sequence.on_chunk(
+            Chunk(
+                text=text,
+                token_ids=tokens,
+                logprobs=(logprob,) if logprob else (),
+                finish_reason=reason,
+                usage=Usage(prompt_tokens=len(sequence.prompt), completion_tokens=len(sequence.answer)),
+                routing=sequence.routing,
+            )
+        )
+
+    def _drop_cancelled(self) -> None:
+        with self._wake:
+            cancelled = [sequence for sequence in (*self._running, *self._waiting) if sequence.cancelled]
+        for sequence in cancelled:
+            self._finish(sequence, "cancelled", sequence.text.finish(), ())
+
+    def _remove(self, sequence: _Sequence) -> None:
+        with self._wake:
+            if sequence in self._running:
+                self._running.remove(sequence)
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+        sequence.state = None
+
+    def _end_all(self, error: BaseException) -> None:
+        for sequence in (*self._running, *self._waiting):
+            self._remove(sequence)
+            sequence.on_chunk(error)
+
+    @staticmethod
+    def _kv_bytes(sequences: list[_Sequence]) -> int:
+        return sum(Runner.cache_bytes(sequence.state) for sequence in sequences if sequence.state is not None)

@@ -1,0 +1,120 @@
+"""From logits to the next token. transformers' processors do the warping, so both agree on their meaning.
+
+V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from raymoe.engine.request import SamplingParams, TokenLogprob
+from raymoe.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What applies where a request says nothing: the model's generation_config.json, else OpenAI's defaults."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_generation_config(cls, raw: dict) -> "SamplingDefaults":
+        """From the file's own entries; ``do_sample: false`` means greedy."""
+        known = {
+            name: raw[name] for name in cls.__dataclass_fields__ if isinstance(raw.get(name), (int, float))
+        }
+        if raw.get("do_sample") is False:
+            known["temperature"] = 0.0
+        return cls(**known)
+
+
+class Sampler:
+    """Chooses the tokens of one request.
+
+    Raises RequestError from the constructor where a parameter is out of range.
+    """
+
+    def __init__(self, params: SamplingParams, defaults: SamplingDefaults) -> None:
+        def chosen(name: str) -> float:
+            value = getattr(params, name)
+            return getattr(defaults, name) if value is None else value
+
+        temperature = _within("temperature", chosen("temperature"), 0.0, 2.0)
+        top_p = _within("top_p", chosen("top_p"), 0.0, 1.0)
+        min_p = _within("min_p", chosen("min_p"), 0.0, 1.0)
+        top_k = int(_within("top_k", chosen("top_k"), -1, 1 << 31))
+        repetition = _within("repetition_penalty", chosen("repetition_penalty"), 0.01, 10.0)
+        self._presence = _within("presence_penalty", params.presence_penalty, -2.0, 2.0)
+        self._frequency = _within("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
+        self._logprobs = params.logprobs
+        if params.logprobs is not None:
+            _within("logprobs", params.logprobs, 0, 20)
+        self._greedy = temperature == 0.0
+        self._processors = LogitsProcessorList()
+        if repetition != 1.0:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(repetition))
+        self._warpers = LogitsProcessorList()
+        if not self._greedy:
+            self._add_warpers(temperature, top_k, top_p, min_p)
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed & (2**63 - 1))
+
+    def _add_warpers(self, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+        if temperature != 1.0:
+            self._warpers.append(TemperatureLogitsWarper(temperature))
+        if top_k > 0:
+            self._warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(max(top_p, 1e-9)))
+        if min_p > 0.0:
+            self._warpers.append(MinPLogitsWarper(min_p))
+
+    def choose(
+        self, logits_V: torch.Tensor, prompt: list[int], answer: list[int]
+    ) -> tuple[int, TokenLogprob | None]:
+        """The next token after ``prompt`` and ``answer``, and its log probability where asked for."""
+        scores_1V = logits_V.unsqueeze(0).float().cpu()
+        if self._processors:
+            scores_1V = self._processors(torch.tensor([prompt + answer]), scores_1V)
+        if answer and (self._presence or self._frequency):
+            scores_1V = scores_1V.clone()
+            counts_V = torch.bincount(torch.tensor(answer), minlength=scores_1V.shape[1])[
+                : scores_1V.shape[1]
+            ]
+            scores_1V -= self._frequency * counts_V + self._presence * (counts_V > 0)
+        if self._greedy:
+            token = int(scores_1V.argmax())
+        else:
+            probabilities = torch.softmax(self._warpers(torch.tensor([prompt + answer]), scores_1V), dim=-1)
+            token = int(torch.multinomial(probabilities[0], 1, generator=self._generator))
+        return token, None if self._logprobs is None else logprob_of(scores_1V[0], token, self._logprobs)
+
+
+def logprob_of(scores_V: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
+    """The log probability of ``token`` before temperature and cut-offs, and of the best alternatives."""
+    logprobs_V = torch.log_softmax(scores_V, dim=-1)
+    best = torch.topk(logprobs_V, min(alternatives, len(logprobs_V))) if alternatives else None
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else ()
+    return TokenLogprob(token_id=token, logprob=float(logprobs_V[token]), top=top)
+
+
+def _within(name: str, value: float, low: float, high: float) -> float:
+    if not isinstance(value, (int, float)) or math.isnan(value) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}, allowed is {low:g} to {high:g}", param=name)
+    return value

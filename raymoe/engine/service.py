@@ -1,0 +1,262 @@
+"""A model ready to answer: checkpoint, workers, trunk and engine put together, behind prompts and text.
+
+Runs without Ray. The launcher uses it inside the caller's process, the Serve deployment inside its replica.
+"""
+
+import asyncio
+import json
+import queue
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from raymoe.checkpoint.checkpoint import Checkpoint
+from raymoe.config import EMBEDDED_MODEL, ClusterConfig
+from raymoe.engine.dispatch import Dispatcher
+from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
+from raymoe.engine.request import Chunk, Result, SamplingParams, collect
+from raymoe.engine.sampling import SamplingDefaults
+from raymoe.errors import CheckpointError, RequestError
+from raymoe.experts.build import torch_device
+from raymoe.model.fast import use_native_kernels
+from raymoe.model.runner import Runner
+from raymoe.model.trunk import build_trunk, tokenizer_path
+
+Prompt = str | list[int] | list[dict[str, Any]]
+"""Text, token ids, or chat messages ({"role", "content"})."""
+
+CHAT_REPETITION_PENALTY = 1.1  # greedy chat of the small embedded model would otherwise repeat itself
+DEFAULT_MAX_TOKENS = 128  # of generate and stream, which unlike the HTTP API have no default of OpenAI's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What clients may know of the served model; sizes in bytes."""
+
+    name: str
+    architecture: str
+    dtype: str
+    context: int | None
+    layers: int
+    experts_per_layer: int
+    top_k: int
+    trunk_bytes: int
+    routed_bytes: int
+
+
+class ModelService:
+    """Answers prompts. ``generate`` and ``stream`` may be called from many threads.
+
+    Args:
+        dispatcher: where routed experts are computed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: ClusterConfig, dispatcher: Dispatcher) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        trunk_device = torch_device(config.trunk.device, "trunk")
+        if config.trunk.threads is not None:
+            torch.set_num_threads(config.trunk.threads)
+        model = build_trunk(checkpoint, dispatcher, trunk_device)
+        if config.trunk.native_kernels:
+            use_native_kernels(model)
+        self.tokenizer = load_tokenizer(checkpoint)
+        raw = generation_config(checkpoint)
+        self.defaults = SamplingDefaults.from_generation_config(raw)
+        self.chat_defaults = self._chat_defaults(raw)
+        text_config = checkpoint.config.get_text_config()
+        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._engine = Engine(
+            Runner(model),
+            dispatcher,
+            config.trunk,
+            tokenizer=self.tokenizer,
+            defaults=self.defaults,
+            end_tokens=end_tokens(raw, text_config),
+            context=self.context,
+            vocabulary=text_config.vocab_size,
+            max_output_tokens=config.serving.max_output_tokens,
+        )
+        self._engine.start()
+
+    # --- asking -----------------------------------------------------------------------------------------
+
+    def submit(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk) -> RequestId:
+        """Start a request whose chunks go to ``on_chunk``. Raises RequestError or OverloadedError."""
+        defaults = self.chat_defaults if is_chat(prompt) else self.defaults
+        return self._engine.submit(self.encode(prompt), params, on_chunk, defaults)
+
+    def cancel(self, request: RequestId) -> None:
+        """End a request early."""
+        self._engine.cancel(request)
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+        """Chunks of an answer as they come. Leaving the loop early cancels the request.
+
+        ``options`` are the fields of SamplingParams; max_tokens defaults to 128.
+        """
+        params = sampling_params(options)
+        chunks: queue.SimpleQueue[Chunk | BaseException] = queue.SimpleQueue()
+        request = self.submit(prompt, params, chunks.put)
+        finished = False
+        try:
+            while not finished:
+                item = chunks.get(timeout=self.config.serving.request_timeout_s)
+                if isinstance(item, BaseException):
+                    finished = True
+                    raise item
+                finished = item.finish_reason is not None
+                yield item
+        finally:
+            if not finished:
+                self.cancel(request)
+
+    def generate(self, prompt: Prompt, **options: Any) -> Result:
+        """A whole answer; see ``stream`` for the options."""
+        return collect(list(self.stream(prompt, **options)))
+
+    async def stream_async(self, prompt: Prompt, params: SamplingParams) -> AsyncIterator[Chunk]:
+        """Like ``stream`` on an event loop; cancelling the consumer cancels the request."""
+        loop = asyncio.get_running_loop()
+        chunks: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
+        encoded = self.encode(prompt)
+        defaults = self.chat_defaults if is_chat(prompt) else self.defaults
+
+        def deliver(item: Chunk | BaseException) -> None:
+            loop.call_soon_threadsafe(chunks.put_nowait, item)
+
+        request = self._engine.submit(encoded, params, deliver, defaults)
+        finished = False
+        try:
+            while not finished:
+                item = await asyncio.wait_for(chunks.get(), self.config.serving.request_timeout_s)
+                if isinstance(item, BaseException):
+                    finished = True
+                    raise item
+                finished = item.finish_reason is not None
+                yield item
+        finally:
+            if not finished:
+                self.cancel(request)
+
+    # --- prompts ----------------------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Raises RequestError for what is neither text, token ids nor chat messages."""
+        if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
+            return prompt  # type: ignore[return-value]
+        if self.tokenizer is None:
+            raise RequestError(f"{self.checkpoint.path} has no tokenizer; send token ids", param="prompt")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if is_chat(prompt):
+            return self._encode_chat(prompt)  # type: ignore[arg-type]
+        raise RequestError(
+            "a prompt is a text, a list of token ids, or a list of chat messages", param="prompt"
+        )
+
+    def _encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        assert self.tokenizer is not None
+        if self.tokenizer.chat_template is None:
+            raise RequestError(
+                f"{self.checkpoint.path} has no chat template; use text completion", param="messages"
+            )
+        for message in messages:
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise RequestError('a chat message needs "role" and "content", both texts', param="messages")
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates raise what they like, for example on roles out of order
+            raise RequestError(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _chat_defaults(self, raw: dict[str, Any]) -> SamplingDefaults:
+        embedded = self.checkpoint.path.resolve() == EMBEDDED_MODEL.resolve()
+        if not embedded or "repetition_penalty" in raw:
+            return self.defaults
+        return SamplingDefaults.from_generation_config({**raw, "repetition_penalty": CHAT_REPETITION_PENALTY})
+
+    # --- looking ----------------------------------------------------------------------------------------
+
+    @property
+    def card(self) -> ModelCard:
+        """The served model."""
+        layers = self.checkpoint.layers
+        return ModelCard(
+            name=self.config.model.served_name,
+            architecture=self.checkpoint.config.model_type,
+            dtype=str(self.checkpoint.dtype).removeprefix("torch."),
+            context=self.context,
+            layers=len(layers),
+            experts_per_layer=max(layer.num_experts for layer in layers),
+            top_k=max(layer.top_k for layer in layers),
+            trunk_bytes=self.checkpoint.trunk_bytes,
+            routed_bytes=self.checkpoint.routed_bytes,
+        )
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why generation no longer works, or None while it does."""
+        return self._engine.failure
+
+    def report(self) -> EngineReport:
+        """Counts and totals of the engine."""
+        return self._engine.report()
+
+    def close(self) -> None:
+        """Stop the engine; requests that are not finished end with EngineStoppedError."""
+        self._engine.stop()
+
+
+def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    """SamplingParams from keyword options. Raises RequestError for unknown ones."""
+    unknown = sorted(set(options) - set(SamplingParams.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(SamplingParams.__dataclass_fields__)
+        raise RequestError(f"no such option: {', '.join(unknown)}; known are {known}", param=unknown[0])
+    values = {"max_tokens": DEFAULT_MAX_TOKENS, **options}
+    stop = values.get("stop") or ()
+    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    values["stop_token_ids"] = tuple(values.get("stop_token_ids") or ())
+    return SamplingParams(**values)
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a list of chat messages."""
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(item, dict) for item in prompt)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer, or None where it has none."""
+    path = tokenizer_path(checkpoint)
+    if path is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # many libraries below, many kinds of error
+        raise CheckpointError(f"the tokenizer in {path} can't be loaded: {error}") from error
+
+
+def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The entries of generation_config.json itself, without anyone's defaults."""
+    file = checkpoint.path / "generation_config.json"
+    if not file.exists():
+        return {}
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    return raw if isinstance(raw, dict) else {}
+
+
+def end_tokens(raw: dict[str, Any], text_config: Any) -> frozenset[int]:
+    """The model's ends of sequence: generation_config.json's, else the model's configuration's."""
+    value = raw.get("eos_token_id", getattr(text_config, "eos_token_id", None))
+    if value is None:
+        return frozenset()
+    return frozenset(value) if isinstance(value, (list, tuple)) else frozenset({int(value)})

@@ -1,0 +1,191 @@
+// Decode-time kernels for small CPUs: matrix times vector, and one token through its experts.
+//
+// At one row per call the work is reading weights once, so the aim is to stream them at the memory's rate with
+// no intermediate tensors. Accumulation is float32 in a fixed order per output element, so results do not depend
+// on the number of threads. Intermediate values are rounded to the storage type where the eager modules would.
+//
+// Plain C interface for ctypes; GCC/Clang vector extensions instead of intrinsics, so ARM boards work too.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int kLanes = 16;
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+struct F32 {
+  using Storage = float;
+  static float get(const Storage* p) { return *p; }
+  static Floats load(const Storage* p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static Storage put(float v) { return v; }
+};
+
+struct BF16 {
+  using Storage = uint16_t;
+  static float get(const Storage* p) {
+    uint32_t word = uint32_t(*p) << 16;
+    float v;
+    std::memcpy(&v, &word, sizeof v);
+    return v;
+  }
+  static Floats load(const Storage* p) {
+    Halves h;
+    std::memcpy(&h, p, sizeof h);
+    Words w = __builtin_convertvector(h, Words) << 16;
+    Floats v;
+    std::memcpy(&v, &w, sizeof v);
+    return v;
+  }
+  static Storage put(float v) {  // round to nearest even
+    uint32_t word;
+    std::memcpy(&word, &v, sizeof word);
+    if ((word & 0x7fffffffu) > 0x7f800000u) return uint16_t((word >> 16) | 0x40);
+    return uint16_t((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+  }
+};
+
+template <class T>
+float rounded(float v) {
+  typename T::Storage s = T::put(v);
+  return T::get(&s);
+}
+
+float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; i++) total += v[i];
+  return total;
+}
+
+// Four rows at once: each vector of x is loaded once for four weights, and four chains hide latency.
+template <class T>
+void dot4(const typename T::Storage* w, int64_t stride, const float* x, int64_t n, float* out) {
+  Floats a0 = {}, a1 = {}, a2 = {}, a3 = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Floats v = F32::load(x + i);
+    a0 += T::load(w + i) * v;
+    a1 += T::load(w + stride + i) * v;
+    a2 += T::load(w + 2 * stride + i) * v;
+    a3 += T::load(w + 3 * stride + i) * v;
+  }
+  out[0] = sum(a0), out[1] = sum(a1), out[2] = sum(a2), out[3] = sum(a3);
+  for (; i < n; i++)
+    for (int r = 0; r < 4; r++) out[r] += T::get(w + r * stride + i) * x[i];
+}
+
+template <class T>
+float dot1(const typename T::Storage* w, const float* x, int64_t n) {
+  Floats a = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) a += T::load(w + i) * F32::load(x + i);
+  float total = sum(a);
+  for (; i < n; i++) total += T::get(w + i) * x[i];
+  return total;
+}
+
+template <class T>
+void rows_times(const typename T::Storage* w, const float* x, int64_t columns, int64_t from, int64_t to, float* out) {
+  int64_t row = from;
+  for (; row + 4 <= to; row += 4) dot4<T>(w + row * columns, columns, x, columns, out + row - from);
+  for (; row < to; row++) out[row - from] = dot1<T>(w + row * columns, x, columns);
+}
+
+constexpr int64_t kBlock = 32;         // output rows per task; a multiple of four
+
+template <class T>
+void widen(const typename T::Storage* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i++) out[i] = T::get(x + i);
+}
+
+template <class T>
+void linear(const typename T::Storage* w, const typename T::Storage* bias, const typename T::Storage* x,
+            typename T::Storage* out, int64_t rows, int64_t columns, float* wide, int threads) {
+  widen<T>(x, columns, wide);
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t block = 0; block < blocks; block++) {
+    float result[kBlock];
+    const int64_t from = block * kBlock, to = from + kBlock < rows ? from + kBlock : rows;
+    rows_times<T>(w, wide, columns, from, to, result);
+    for (int64_t row = from; row < to; row++) {
+      float v = result[row - from];
+      if (bias) v += T::get(bias + row);
+      out[row] = T::put(v);
+    }
+  }
+}
+
+// Every pair is (expert, row of x): out[p] = down(silu(gate(x)) * up(x)), gate and up stacked in one matrix.
+// Weights are found by index in tables of pointers, so that the caller builds nothing per expert.
+template <class T>
+void experts(const void* const* gate_up, const void* const* down, const int32_t* index,
+             const typename T::Storage* x, const int32_t* rows, typename T::Storage* out, int64_t pairs,
+             int64_t n_rows, int64_t hidden, int64_t inner, float* scratch, int threads) {
+  float* wide = scratch;                        // [n_rows, hidden]
+  float* activated = scratch + n_rows * hidden;  // [pairs, inner]
+  widen<T>(x, n_rows * hidden, wide);
+  const int64_t up_blocks = (inner + kBlock - 1) / kBlock, down_blocks = (hidden + kBlock - 1) / kBlock;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < pairs * up_blocks; task++) {
+      const int64_t pair = task / up_blocks, from = task % up_blocks * kBlock;
+      const int64_t to = from + kBlock < inner ? from + kBlock : inner;
+      const auto* w = static_cast<const typename T::Storage*>(gate_up[index[pair]]);
+      const float* input = wide + rows[pair] * hidden;
+      float gate[kBlock], up[kBlock];
+      rows_times<T>(w, input, hidden, from, to, gate);
+      rows_times<T>(w + inner * hidden, input, hidden, from, to, up);
+      for (int64_t i = 0; i < to - from; i++) {
+        const float g = rounded<T>(gate[i]), u = rounded<T>(up[i]);
+        activated[pair * inner + from + i] = rounded<T>(rounded<T>(g / (1.0f + std::exp(-g))) * u);
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < pairs * down_blocks; task++) {
+      const int64_t pair = task / down_blocks, from = task % down_blocks * kBlock;
+      const int64_t to = from + kBlock < hidden ? from + kBlock : hidden;
+      float result[kBlock];
+      rows_times<T>(static_cast<const typename T::Storage*>(down[index[pair]]), activated + pair * inner, inner, from, to,
+                    result);
+      for (int64_t row = from; row < to; row++) out[pair * hidden + row] = T::put(result[row - from]);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int raymoe_abi() { return 1; }
+
+void raymoe_linear_f32(const float* w, const float* bias, const float* x, float* out, int64_t rows, int64_t columns,
+                       float* scratch, int threads) {
+  linear<F32>(w, bias, x, out, rows, columns, scratch, threads);
+}
+
+void raymoe_linear_bf16(const uint16_t* w, const uint16_t* bias, const uint16_t* x, uint16_t* out, int64_t rows,
+                        int64_t columns, float* scratch, int threads) {
+  linear<BF16>(w, bias, x, out, rows, columns, scratch, threads);
+}
+
+void raymoe_experts_f32(const void* const* gate_up, const void* const* down, const int32_t* index, const float* x,
+                        const int32_t* rows, float* out, int64_t pairs, int64_t n_rows, int64_t hidden, int64_t inner, float* scratch,
+                        int threads) {
+  experts<F32>(gate_up, down, index, x, rows, out, pairs, n_rows, hidden, inner, scratch, threads);
+}
+
+void raymoe_experts_bf16(const void* const* gate_up, const void* const* down, const int32_t* index, const uint16_t* x,
+                        const int32_t* rows, uint16_t* out, int64_t pairs, int64_t n_rows, int64_t hidden, int64_t inner, float* scratch,
+                         int threads) {
+  experts<BF16>(gate_up, down, index, x, rows, out, pairs, n_rows, hidden, inner, scratch, threads);
+}
+}

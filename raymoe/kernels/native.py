@@ -1,0 +1,179 @@
+"""C++ kernels for one-row work on a CPU, compiled once where a compiler is found.
+
+At decode a CPU reads each weight once; what costs beyond that is small operations. These kernels do a linear
+layer, or a token's experts, in one call at the memory's rate. They are optional: without a compiler, or with
+``RAYMOE_NATIVE=0``, everything runs through torch.
+
+The library is a plain C interface loaded with ctypes, built in about a second from ``native.cpp`` and kept in the
+user's cache directory under a digest of source, flags and processor.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAG_SETS = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-fopenmp"], [])
+COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast"]
+ABI = 1
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class NativeKernels:
+    """The loaded library. Call through ``load_native``.
+
+    Not thread safe: scratch memory belongs to the instance, so each worker and the trunk has its own.
+    """
+
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        self.threads = threads
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._linear = {}
+        self._experts = {}
+        for dtype, suffix in SUFFIX.items():
+            linear = getattr(library, f"raymoe_linear_{suffix}")
+            linear.argtypes = [pointer] * 4 + [number] * 2 + [pointer, ctypes.c_int]
+            linear.restype = None
+            experts = getattr(library, f"raymoe_experts_{suffix}")
+            experts.argtypes = [pointer] * 6 + [number] * 4 + [pointer, ctypes.c_int]
+            experts.restype = None
+            self._linear[dtype], self._experts[dtype] = linear, experts
+        self._scratch = torch.empty(0)
+        self._scratch_pointer = 0
+
+    @staticmethod
+    def supports(dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether there are kernels for this precision and device."""
+        return dtype in SUFFIX and device.type == "cpu"
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """``out[n] = weight[n, k] @ x[k] + bias[n]``; all contiguous, of one dtype, on the CPU."""
+        rows, columns = weight.shape
+        self._linear[weight.dtype](
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            out.data_ptr(),
+            rows,
+            columns,
+            self._room(columns),
+            self.threads,
+        )
+
+    def experts(
+        self,
+        gate_up_pointers: int,
+        down_pointers: int,
+        index_P: np.ndarray,
+        x_RH: torch.Tensor,
+        rows_P: np.ndarray,
+        inner: int,
+        out_PH: torch.Tensor,
+    ) -> None:
+        """Gated SiLU experts: ``out[p] = down(silu(gate(x)) * up(x))`` for every pair.
+
+        Args:
+            gate_up_pointers, down_pointers: addresses of tables of weight addresses.
+            index_P: int32, the table entry of each pair.
+            rows_P: int32, the row of ``x_RH`` of each pair.
+            inner: the intermediate size.
+        """
+        rows, hidden = x_RH.shape
+        pairs = len(index_P)
+        self._experts[x_RH.dtype](
+            gate_up_pointers,
+            down_pointers,
+            index_P.ctypes.data,
+            x_RH.data_ptr(),
+            rows_P.ctypes.data,
+            out_PH.data_ptr(),
+            pairs,
+            rows,
+            hidden,
+            inner,
+            self._room(rows * hidden + pairs * inner),
+            self.threads,
+        )
+
+    def _room(self, floats: int) -> int:
+        if floats > self._scratch.numel():
+            self._scratch = torch.empty(2 * floats)
+            self._scratch_pointer = self._scratch.data_ptr()
+        return self._scratch_pointer
+
+
+def load_native(threads: int) -> NativeKernels | None:
+    """The kernels for ``threads`` threads, or None where they can't be built or are switched off."""
+    library = _library()
+    return None if library is None else NativeKernels(library, threads)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("RAYMOE_NATIVE", "1") == "0":
+        return None
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        log.info("no C++ compiler found; decoding goes through torch")
+        return None
+    for flags in FLAG_SETS:
+        try:
+            return _build(compiler, [*COMMON_FLAGS, *flags])
+        except (OSError, subprocess.SubprocessError, AttributeError) as error:
+            log.debug("native kernels with %s: %s", flags, error)
+    log.warning("the native kernels did not build with %s; decoding goes through torch", compiler)
+    return None
+
+
+def _build(compiler: str, flags: list[str]) -> ctypes.CDLL:
+    target = cache_directory() / f"native-{_digest(compiler, flags)}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+            built = Path(directory) / "native.so"
+            subprocess.run(
+                [compiler, *flags, str(SOURCE), "-o", str(built)],
+                check=True,
+                capture_output=True,
+                timeout=120,
+            )
+            built.replace(target)  # atomic: processes that start together may all build it
+    library = ctypes.CDLL(str(target))
+    if library.raymoe_abi() != ABI:
+        raise OSError(f"{target} has another interface; remove it")
+    return library
+
+
+def cache_directory() -> Path:
+    """Where built kernels are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymoe"
+
+
+def _digest(compiler: str, flags: list[str]) -> str:
+    parts = [SOURCE.read_bytes(), compiler.encode(), " ".join(flags).encode(), _processor().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: the cache may lie on a disk that several machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )

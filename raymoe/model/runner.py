@@ -1,0 +1,97 @@
+"""Prefill and decode of single sequences through the trunk, for every kind of cache.
+
+The generic path uses the very hooks that transformers' ``generate`` uses, so that each architecture's own
+preparation of inputs applies. Architectures that override none of them take a direct call instead.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation import GenerationMixin
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """One sequence's tokens so far ([1, n]) and its cache, in transformers' terms."""
+
+    ids: torch.Tensor
+    kwargs: dict[str, Any]
+
+
+class Runner:
+    """Runs the trunk. Not thread safe: one engine thread calls it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.device = model.device
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._direct = (
+            type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+            and type(model)._update_model_kwargs_for_generation
+            is GenerationMixin._update_model_kwargs_for_generation
+            and self._takes_positions
+            and model._supports_default_dynamic_cache()
+        )
+
+    @torch.inference_mode()
+    def prefill(self, tokens: list[int]) -> tuple[torch.Tensor, SequenceState]:
+        """Run a prompt; returns the logits after its last token ([vocabulary], float32) and the state."""
+        ids = torch.tensor([tokens], device=self.device)
+        kwargs: dict[str, Any] = {"use_cache": True, **self._keep_last}
+        if self.model._supports_default_dynamic_cache():
+            kwargs["past_key_values"] = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        if self._takes_positions:
+            kwargs["position_ids"] = torch.arange(len(tokens), device=self.device).unsqueeze(0)
+        inputs = self.model.prepare_inputs_for_generation(
+            ids, is_first_iteration=True, attention_mask=None, **kwargs
+        )
+        outputs = self.model(**inputs, return_dict=True)
+        kwargs = self.model._update_model_kwargs_for_generation(outputs, kwargs)
+        return outputs.logits[0, -1].float(), SequenceState(ids, kwargs)
+
+    @torch.inference_mode()
+    def decode(self, state: SequenceState, token: int) -> torch.Tensor:
+        """Run one more token; returns the logits after it. Mutates ``state``."""
+        if self._direct:
+            return self._decode_directly(state, token)
+        state.ids = torch.cat([state.ids, torch.tensor([[token]], device=self.device)], dim=1)
+        inputs = self.model.prepare_inputs_for_generation(state.ids, next_sequence_length=1, **state.kwargs)
+        outputs = self.model(**inputs, return_dict=True)
+        state.kwargs = self.model._update_model_kwargs_for_generation(outputs, state.kwargs)
+        return outputs.logits[0, -1].float()
+
+    def _decode_directly(self, state: SequenceState, token: int) -> torch.Tensor:
+        cache = state.kwargs["past_key_values"]
+        outputs = self.model(
+            input_ids=torch.tensor([[token]], device=self.device),
+            position_ids=torch.tensor([[cache.get_seq_length()]], device=self.device),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **self._keep_last,
+        )
+        return outputs.logits[0, -1].float()
+
+    @staticmethod
+    def cache_bytes(state: SequenceState) -> int:
+        """Bytes held by a sequence's cache."""
+        return sum(tensor.nbytes for tensor in _tensors(state.kwargs.get("past_key_values")))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Every tensor within a cache: its layers keep them as attributes, lists or dicts."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    layers = getattr(value, "layers", None)
+    if layers is not None:
+        return [tensor for layer in layers for tensor in _tensors(vars(layer))]
+    return []

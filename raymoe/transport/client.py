@@ -1,0 +1,130 @@
+"""The engine's side of the data plane: send a layer to several workers, gather their answers by a deadline."""
+
+import itertools
+import time
+from collections.abc import Mapping
+
+import torch
+import zmq
+
+from raymoe.errors import ExpertUnavailableError
+from raymoe.experts.call import ExpertAnswer, ExpertCall
+from raymoe.transport.frames import (
+    Header,
+    Kind,
+    Limits,
+    pack_call,
+    pack_experts,
+    parse_answer,
+    parse_header,
+    parse_text,
+)
+from raymoe.transport.sockets import Endpoint, KeyPair, client_socket
+from raymoe.types import DeviceName
+
+
+class WorkerClient:
+    """Connections to all remote workers. Used by one thread.
+
+    Args:
+        spin_s: how long to look for an answer without sleeping. Waking up costs more than a short spin, but on
+            a machine whose cores the workers need, spinning takes them away; 0 never spins.
+    """
+
+    def __init__(
+        self,
+        endpoints: Mapping[DeviceName, Endpoint],
+        keys: KeyPair,
+        limits: Limits,
+        *,
+        spin_s: float = 0.0,
+    ) -> None:
+        self._context = zmq.Context(io_threads=1)
+        self._limits = limits
+        self._spin_s = spin_s
+        self._requests = itertools.count(1)
+        self._poller = zmq.Poller()
+        self._data: dict[DeviceName, zmq.Socket] = {}
+        self._control: dict[DeviceName, zmq.Socket] = {}
+        self._name_of: dict[zmq.Socket, DeviceName] = {}
+        self.late_answers = 0
+        for device, endpoint in endpoints.items():
+            data = client_socket(self._context, endpoint.data, endpoint.public_key, keys, limits)
+            self._data[device] = data
+            self._name_of[data] = device
+            self._poller.register(data, zmq.POLLIN)
+            self._control[device] = client_socket(
+                self._context, endpoint.control, endpoint.public_key, keys, limits
+            )
+
+    def send(self, device: DeviceName, call: ExpertCall) -> int:
+        """Send one call; returns its request number. Raises ExpertUnavailableError where the queue is full."""
+        request = next(self._requests)
+        try:
+            self._data[device].send_multipart(pack_call(request, call), flags=zmq.NOBLOCK, copy=True)
+        except zmq.Again as error:
+            raise ExpertUnavailableError(
+                f'worker "{device}" takes no more calls: its queue is full'
+            ) from error
+        return request
+
+    def gather(self, requests: dict[int, DeviceName], timeout_s: float) -> dict[int, ExpertAnswer]:
+        """Wait for the answers to ``requests``. A late answer to an older request is dropped and counted.
+
+        Raises ExpertUnavailableError where a worker fails, or does not answer in time.
+        """
+        answers: dict[int, ExpertAnswer] = {}
+        deadline = time.monotonic() + timeout_s
+        spin_until = time.monotonic() + self._spin_s if self._spin_s else 0.0
+        while len(answers) < len(requests):
+            now = time.monotonic()
+            if now > deadline:
+                late = sorted({requests[request] for request in requests if request not in answers})
+                raise ExpertUnavailableError(
+                    f"no answer from worker {', '.join(late)} within {timeout_s:g} s; is its node up and reachable?"
+                )
+            wait_ms = 0 if now < spin_until else max(1, int((deadline - now) * 1000))
+            for socket, _ in self._poller.poll(wait_ms):
+                self._receive(socket, requests, answers)
+        return answers
+
+    def _receive(
+        self, socket: zmq.Socket, requests: dict[int, DeviceName], answers: dict[int, ExpertAnswer]
+    ) -> None:
+        frames = [frame.buffer for frame in socket.recv_multipart(copy=False)]
+        header = parse_header(frames[0], self._limits)
+        if header.request not in requests or header.request in answers:
+            self.late_answers += 1
+            return
+        if header.kind is Kind.ERROR:
+            raise ExpertUnavailableError(
+                f'worker "{self._name_of[socket]}": {parse_text(header, frames[1:], self._limits)}'
+            )
+        answers[header.request] = parse_answer(header, frames[1:], self._limits)
+
+    def ping(self, device: DeviceName, timeout_s: float) -> float | None:
+        """Round trip of a heartbeat in seconds, or None without an answer in time."""
+        socket = self._control[device]
+        request = next(self._requests)
+        start = time.monotonic()
+        socket.send(Header(kind=Kind.PING, dtype=torch.float32, request=request).pack(), flags=zmq.NOBLOCK)
+        while (left := start + timeout_s - time.monotonic()) > 0:
+            if not socket.poll(int(left * 1000) + 1):
+                continue
+            if parse_header(socket.recv_multipart()[0], self._limits).request == request:
+                return time.monotonic() - start
+        return None
+
+    def prefetch(self, device: DeviceName, identifiers: list[int], scores: list[float]) -> None:
+        """Order loads ahead of need. Fire and forget: the worker may refuse, and a full queue drops the order."""
+        try:
+            message = pack_experts(Kind.PREFETCH, next(self._requests), identifiers, scores)
+            self._control[device].send_multipart(message, flags=zmq.NOBLOCK)
+        except zmq.Again:
+            pass
+
+    def close(self) -> None:
+        """Close all connections; what is in flight is dropped."""
+        for socket in (*self._data.values(), *self._control.values()):
+            socket.close()
+        self._context.term()

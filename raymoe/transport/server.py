@@ -1,0 +1,141 @@
+"""The worker's side of the data plane: one socket for expert calls, one for heartbeats and orders.
+
+Calls are computed on the data thread, one at a time. Heartbeats have a thread of their own, so that a long
+computation is not mistaken for death.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+
+import torch
+import zmq
+
+from raymoe.errors import FrameError
+from raymoe.experts.call import layer_and_expert
+from raymoe.experts.worker import ExpertWorker
+from raymoe.transport.frames import (
+    Buffer,
+    Header,
+    Kind,
+    Limits,
+    Message,
+    pack_answer,
+    pack_text,
+    parse_call,
+    parse_experts,
+    parse_header,
+)
+from raymoe.transport.sockets import AllowedClients, Endpoint, KeyPair, authenticator, server_socket
+
+log = logging.getLogger(__name__)
+POLL_MS = 200  # how often a quiet thread looks whether it should stop
+
+Handler = Callable[[Header, list[Buffer]], Message | None]
+
+
+class SocketThread:
+    """A ROUTER socket served by one thread: each well-formed message goes to ``handler``, its result back.
+
+    Malformed messages are dropped and counted: their sender gets nothing to work with.
+    """
+
+    def __init__(self, socket: zmq.Socket, handler: Handler, limits: Limits, name: str) -> None:
+        self.dropped = 0
+        self._socket = socket
+        self._handler = handler
+        self._limits = limits
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread and close the socket."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        while not self._stop.is_set():
+            if poller.poll(POLL_MS):
+                self._serve_one()
+        self._socket.close()
+
+    def _serve_one(self) -> None:
+        sender, *frames = self._socket.recv_multipart(copy=False)
+        try:
+            buffers = [frame.buffer for frame in frames]
+            if not buffers:
+                raise FrameError("an empty message")
+            header = parse_header(buffers[0], self._limits)
+            reply = self._handler(header, buffers[1:])
+        except FrameError as error:
+            self.dropped += 1
+            log.warning("dropped a malformed message: %s", error)
+            return
+        if reply is not None:
+            try:
+                self._socket.send_multipart([sender.bytes, *reply], flags=zmq.NOBLOCK, copy=False)
+            except zmq.ZMQError as error:  # the client went away or stopped reading; it will ask again
+                log.warning("could not send an answer: %s", error)
+
+
+class WorkerServer:
+    """Serves one ``ExpertWorker`` on ``address``; ``endpoint`` tells clients where and with which key."""
+
+    def __init__(
+        self,
+        worker: ExpertWorker,
+        address: str,
+        limits: Limits,
+        clients: set[bytes],
+        context: zmq.Context | None = None,
+    ) -> None:
+        self._worker = worker
+        self._limits = limits
+        self._context = context or zmq.Context(io_threads=1)
+        self.clients = AllowedClients(clients)
+        self._authenticator = authenticator(self._context, self.clients)
+        keys = KeyPair.create()
+        data, data_endpoint = server_socket(self._context, address, keys, limits)
+        control, control_endpoint = server_socket(self._context, address, keys, limits)
+        self.endpoint = Endpoint(data=data_endpoint, control=control_endpoint, public_key=keys.public)
+        self._threads = [
+            SocketThread(data, self._on_call, limits, f"calls-{worker.name}"),
+            SocketThread(control, self._on_control, limits, f"control-{worker.name}"),
+        ]
+
+    @property
+    def dropped(self) -> int:
+        """Malformed messages so far."""
+        return sum(thread.dropped for thread in self._threads)
+
+    def close(self) -> None:
+        """Stop serving; the worker lives on."""
+        for thread in self._threads:
+            thread.close()
+        self._authenticator.stop()
+        self._context.term()
+
+    def _on_call(self, header: Header, body: list[Buffer]) -> Message | None:
+        if header.kind is not Kind.CALL:
+            raise FrameError(f"{header.kind.name} does not belong on the data socket")
+        call = parse_call(header, body, self._limits)
+        if call.layer >= len(self._worker.layers):
+            raise FrameError(f"layer {call.layer}, but the model has {len(self._worker.layers)}")
+        try:
+            return pack_answer(header.request, self._worker.compute(call))
+        except Exception as error:  # whatever went wrong is the caller's to handle; this thread must live
+            log.exception("an expert call failed")
+            return pack_text(Kind.ERROR, header.request, f"{type(error).__name__}: {error}")
+
+    def _on_control(self, header: Header, body: list[Buffer]) -> Message | None:
+        if header.kind is Kind.PING:
+            return [Header(kind=Kind.PONG, dtype=torch.float32, request=header.request).pack()]
+        if header.kind is Kind.PREFETCH:
+            identifiers, scores, _ = parse_experts(header, body, self._limits)
+            for identifier, score in zip(identifiers, scores, strict=True):
+                self._worker.prefetch(*layer_and_expert(identifier), score)
+            return None
+        raise FrameError(f"{header.kind.name} does not belong on the control socket")

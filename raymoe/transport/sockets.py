@@ -1,0 +1,99 @@
+"""How sockets are made: bounded, encrypted, on one named address.
+
+Keys are CURVE pairs. A server admits only the client keys it was told; they travel through Ray's actor calls,
+never over these sockets, and are never logged.
+"""
+
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from raymoe.transport.frames import HEADER, Limits
+
+HIGH_WATER_MARK = 64  # messages: several layers' worth; a full queue is an error, not a place to wait
+LINGER_MS = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """A CURVE key pair in Z85. ``repr`` hides the secret."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+
+    @classmethod
+    def create(cls) -> "KeyPair":
+        """A fresh pair."""
+        return cls(*zmq.curve_keypair())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a worker listens: its data and control addresses, and its public key."""
+
+    data: str
+    control: str
+    public_key: bytes
+
+
+class AllowedClients:
+    """Answers ZeroMQ's question whether a client key may connect."""
+
+    def __init__(self, keys: set[bytes] | None = None) -> None:
+        self.keys = set(keys or ())
+        self.refused = 0
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Called by the authenticator with the client's public key."""
+        if key in self.keys:
+            return True
+        self.refused += 1
+        return False
+
+
+def authenticator(context: zmq.Context, clients: AllowedClients) -> ThreadAuthenticator:
+    """Start the thread that vets clients of every server socket in ``context``."""
+    thread = ThreadAuthenticator(context)
+    thread.start()
+    thread.configure_curve_callback(domain="*", credentials_provider=clients)
+    return thread
+
+
+def server_socket(
+    context: zmq.Context, address: str, keys: KeyPair, limits: Limits
+) -> tuple[zmq.Socket, str]:
+    """A bound ROUTER on a free port of ``address``; returns it and its endpoint."""
+    socket = context.socket(zmq.ROUTER)
+    _bound(socket, limits)
+    socket.curve_server = True
+    socket.curve_publickey = keys.public
+    socket.curve_secretkey = keys.secret
+    port = socket.bind_to_random_port(f"tcp://{bracketed(address)}")
+    return socket, f"tcp://{bracketed(address)}:{port}"
+
+
+def client_socket(
+    context: zmq.Context, endpoint: str, server_key: bytes, keys: KeyPair, limits: Limits
+) -> zmq.Socket:
+    """A DEALER connected to ``endpoint``."""
+    socket = context.socket(zmq.DEALER)
+    _bound(socket, limits)
+    socket.curve_serverkey = server_key
+    socket.curve_publickey = keys.public
+    socket.curve_secretkey = keys.secret
+    socket.connect(endpoint)
+    return socket
+
+
+def bracketed(address: str) -> str:
+    """An IPv6 address in brackets, others as they are."""
+    return f"[{address}]" if ":" in address else address
+
+
+def _bound(socket: zmq.Socket, limits: Limits) -> None:
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.LINGER, LINGER_MS)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.MAXMSGSIZE, limits.body_bytes + HEADER.size)
