@@ -41,16 +41,12 @@ class StrictModel(BaseModel):
 class ModelConfig(StrictModel):
     """Which checkpoint is served, and in which precision."""
 
-    path: str | None = Field(
-        None, description="Directory or hub id of the checkpoint; omitted: the embedded one."
-    )
+    path: str | None = Field(None, description="Directory or hub id of the checkpoint; omitted: the embedded one.")
     name: str | None = Field(None, description="Name shown by the API; omitted: the last part of the path.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of weights and activations; auto: as the checkpoint says."
     )
-    trust_remote_code: bool = Field(
-        False, description="Run Python code that lies in the checkpoint. Off for safety."
-    )
+    trust_remote_code: bool = Field(False, description="Run Python code that lies in the checkpoint. Off for safety.")
 
     @property
     def source(self) -> str:
@@ -82,19 +78,13 @@ class DeviceConfig(StrictModel):
     slot_memory: Bytes | None = Field(
         None, description="Strict budget for device slots. Omitted on cpu: compute straight from host memory."
     )
-    host_memory: Bytes | None = Field(
-        None, description="Most memory its shard may take; omitted: 80% of what is free."
-    )
+    host_memory: Bytes | None = Field(None, description="Most memory its shard may take; omitted: 80% of what is free.")
     link: LinkConfig | None = Field(None, description="Emulated link; cpu only, for tests and benchmarks.")
     transport: Literal["zmq", "local"] = Field(
         "zmq", description='"zmq": a worker process of its own; "local": inside the engine\'s process.'
     )
-    threads: int | None = Field(
-        None, ge=1, description="CPU threads for this worker's arithmetic; omitted: 1."
-    )
-    node_labels: dict[str, str] = Field(
-        default_factory=dict, description="Ray node labels the worker must match."
-    )
+    threads: int | None = Field(None, ge=1, description="CPU threads for this worker's arithmetic; omitted: 1.")
+    node_labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels the worker must match.")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray resources the worker takes.")
 
     @model_validator(mode="after")
@@ -105,9 +95,7 @@ class DeviceConfig(StrictModel):
                 "a real GPU has a real link, remove it"
             )
         if self.kind != "cpu" and self.slot_memory is None:
-            raise ValueError(
-                f'device "{self.name}" of kind "{self.kind}" needs "slot_memory", for example "2GiB"'
-            )
+            raise ValueError(f'device "{self.name}" of kind "{self.kind}" needs "slot_memory", for example "2GiB"')
         return self
 
 
@@ -119,9 +107,7 @@ class TrunkConfig(StrictModel):
     threads: int | None = Field(None, ge=1, description="CPU threads of the trunk; omitted: one per core.")
     max_running: int = Field(8, ge=1, le=1024, description="Requests that decode at the same time.")
     max_waiting: int = Field(64, ge=0, le=100_000, description="Requests that may wait; more are refused.")
-    native_kernels: bool = Field(
-        True, description="Use C++ kernels for decoding on a CPU where a compiler is found."
-    )
+    native_kernels: bool = Field(True, description="Use C++ kernels for decoding on a CPU where a compiler is found.")
 
 
 class SchedulingConfig(StrictModel):

@@ -125,9 +125,7 @@ class Checkpoint:
     def sizes(self) -> tuple[LayerSize, ...]:
         """What placement needs to know of every MoE layer."""
         return tuple(
-            LayerSize(
-                experts=layer.num_experts, expert_bytes=layer.expert_bytes(self.dtype), top_k=layer.top_k
-            )
+            LayerSize(experts=layer.num_experts, expert_bytes=layer.expert_bytes(self.dtype), top_k=layer.top_k)
             for layer in self.layers
         )
 
@@ -139,8 +137,5 @@ class Checkpoint:
 
 def check_key(checkpoint: Checkpoint, key: ExpertKey) -> None:
     """Raise CheckpointError unless ``key`` names an expert of this checkpoint."""
-    if (
-        not 0 <= key.layer < len(checkpoint.layers)
-        or not 0 <= key.expert < checkpoint.layers[key.layer].num_experts
-    ):
+    if not 0 <= key.layer < len(checkpoint.layers) or not 0 <= key.expert < checkpoint.layers[key.layer].num_experts:
         raise CheckpointError(f"{checkpoint.path} has no expert {key.expert} in MoE layer {key.layer}")

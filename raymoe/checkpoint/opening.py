@@ -26,9 +26,7 @@ TOP_K_FIELDS = (
 )
 
 
-def open_checkpoint(
-    source: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False
-) -> Checkpoint:
+def open_checkpoint(source: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> Checkpoint:
     """Open a local Hugging Face MoE directory, or a hub id where the network allows.
 
     Raises CheckpointError that says what was found, what was expected and what to do.
@@ -58,19 +56,13 @@ def resolve(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(
-            f"{path} is a file; name the directory that holds config.json and the .safetensors files"
-        )
+        raise CheckpointError(f"{path} is a file; name the directory that holds config.json and the .safetensors files")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise CheckpointError(
-            f"no such model directory: {path}; give a local directory or a hub id like owner/name"
-        )
+        raise CheckpointError(f"no such model directory: {path}; give a local directory or a hub id like owner/name")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
-        )
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
     except Exception as error:  # the hub client raises many kinds; all mean "not to be had"
         raise CheckpointError(
             f'"{source}" is neither a local directory nor could it be fetched from the hub '
@@ -82,16 +74,12 @@ def read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """The model's configuration. Raises CheckpointError where it is missing, unknown or quantised."""
     if not (path / "config.json").exists():
         found = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "nothing"
-        raise CheckpointError(
-            f"{path} has no config.json (found: {found}); is it a Hugging Face model directory?"
-        )
+        raise CheckpointError(f"{path} has no config.json (found: {found}); is it a Hugging Face model directory?")
     try:
         raw = json.loads((path / "config.json").read_text())
         model_type = raw.get("model_type")
     except (ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path / 'config.json'} is not a valid model configuration: {error}"
-        ) from error
+        raise CheckpointError(f"{path / 'config.json'} is not a valid model configuration: {error}") from error
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(
@@ -100,9 +88,7 @@ def read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (
-        Exception
-    ) as error:  # transformers raises ValueError, KeyError, OSError, …: all mean an unusable config
+    except Exception as error:  # transformers raises ValueError, KeyError, OSError, …: all mean an unusable config
         raise CheckpointError(
             f'{path} has model_type "{model_type}", which the installed transformers cannot read '
             f"({str(error).splitlines()[0]}); supported: {', '.join(supported_model_types())}"
@@ -138,9 +124,7 @@ def open_files(path: Path) -> dict[str, SafetensorsFile]:
 
 
 def _no_safetensors(path: Path) -> str:
-    pickles = sorted(
-        item.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for item in path.glob(pattern)
-    )
+    pickles = sorted(item.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for item in path.glob(pattern))
     if pickles:
         return (
             f"{path} holds a pickle checkpoint ({pickles[0]}); it could run code on loading and is refused: "
@@ -184,9 +168,7 @@ def served_dtype(wanted: str, config: PreTrainedConfig, files: dict[str, Safeten
     return torch.float32
 
 
-def build_skeleton(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
-) -> PreTrainedModel:
+def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model's modules without memory: every parameter on the meta device."""
     from transformers import initialization as init
     from transformers.modeling_utils import local_torch_dtype
@@ -247,9 +229,7 @@ def check_parameter(
     path: Path, parameter: ParameterLayout, num_experts: int, files: dict[str, SafetensorsFile]
 ) -> None:
     """Check that a parameter's tensors are all there, of one dtype, and convert to its shape."""
-    expected_patterns = (
-        parameter.converter.source_patterns if parameter.converter else list(parameter.sources)
-    )
+    expected_patterns = parameter.converter.source_patterns if parameter.converter else list(parameter.sources)
     for pattern in expected_patterns:
         names = parameter.sources.get(pattern, ())
         if len(names) not in (1, num_experts) or (len(names) == 1) != parameter.is_fused:
@@ -285,9 +265,7 @@ def check_parameter(
         )
 
 
-def converted_shape(
-    parameter: ParameterLayout, files: dict[str, SafetensorsFile], num_experts: int
-) -> tuple[int, ...]:
+def converted_shape(parameter: ParameterLayout, files: dict[str, SafetensorsFile], num_experts: int) -> tuple[int, ...]:
     """Shape of one expert's slice, found by converting tensors without memory."""
 
     def on_meta(name: str, row: int | None) -> torch.Tensor:
@@ -304,9 +282,7 @@ def converted_shape(
         if isinstance(error, CheckpointError):
             raise
         names = ", ".join(parameter.tensor_names(0))
-        raise CheckpointError(
-            f"the tensors {names} do not combine into {parameter.full_name}: {error}"
-        ) from error
+        raise CheckpointError(f"the tensors {names} do not combine into {parameter.full_name}: {error}") from error
 
 
 def top_k_of(config: PreTrainedConfig) -> int:
@@ -324,8 +300,7 @@ def top_k_of(config: PreTrainedConfig) -> int:
 def _no_experts(path: Path, config: PreTrainedConfig) -> str:
     text = config.get_text_config()
     looks_moe = any(
-        getattr(text, name, None)
-        for name in (*TOP_K_FIELDS, "num_experts", "num_local_experts", "n_routed_experts")
+        getattr(text, name, None) for name in (*TOP_K_FIELDS, "num_experts", "num_local_experts", "n_routed_experts")
     )
     if looks_moe:
         return (

@@ -126,9 +126,7 @@ class Dispatcher:
             if name not in self._local:
                 assert self._remote is not None, "a device is either local or remote"
                 requests[self._remote.send(name, call)] = name
-        answers = {
-            name: self._local[name].compute(call) for name, (_, call) in calls.items() if name in self._local
-        }
+        answers = {name: self._local[name].compute(call) for name, (_, call) in calls.items() if name in self._local}
         if requests:
             assert self._remote is not None
             gathered = self._remote.gather(requests, self._timeout_s)
@@ -168,10 +166,6 @@ def subset(layer: int, hidden_TH: torch.Tensor, experts_P: np.ndarray, rows_P: n
         return ExpertCall(layer=layer, hidden_RH=hidden_TH, experts_P=experts_P, rows_P=rows_P)
     needed_R, renumbered_P = np.unique(rows_P, return_inverse=True)
     hidden_RH = (
-        hidden_TH
-        if len(needed_R) == hidden_TH.shape[0]
-        else hidden_TH[torch.from_numpy(needed_R).to(hidden_TH.device)]
+        hidden_TH if len(needed_R) == hidden_TH.shape[0] else hidden_TH[torch.from_numpy(needed_R).to(hidden_TH.device)]
     )
-    return ExpertCall(
-        layer=layer, hidden_RH=hidden_RH, experts_P=experts_P, rows_P=renumbered_P.astype(np.int32)
-    )
+    return ExpertCall(layer=layer, hidden_RH=hidden_RH, experts_P=experts_P, rows_P=renumbered_P.astype(np.int32))

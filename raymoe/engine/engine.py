@@ -132,9 +132,7 @@ class Engine:
         sequence = self._prepare(prompt, params, on_chunk, defaults or self._defaults)
         with self._wake:
             self._check_alive()
-            if len(self._waiting) >= self._config.max_waiting + max(
-                0, self._config.max_running - len(self._running)
-            ):
+            if len(self._waiting) >= self._config.max_waiting + max(0, self._config.max_running - len(self._running)):
                 raise OverloadedError(
                     f"{len(self._waiting)} requests are waiting already, no more are taken; try again later"
                 )
@@ -203,9 +201,7 @@ class Engine:
         wanted = params.max_tokens
         if wanted is not None and not 1 <= wanted <= room:
             limit = (
-                f"the prompt of {len(prompt)} tokens leaves room for {room}"
-                if wanted > 0
-                else "allowed is 1 or more"
+                f"the prompt of {len(prompt)} tokens leaves room for {room}" if wanted > 0 else "allowed is 1 or more"
             )
             raise RequestError(f"max_tokens is {wanted}; {limit}", param="max_tokens")
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_tokens)

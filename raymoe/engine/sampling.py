@@ -33,9 +33,7 @@ class SamplingDefaults:
     @classmethod
     def from_generation_config(cls, raw: dict) -> "SamplingDefaults":
         """From the file's own entries; ``do_sample: false`` means greedy."""
-        known = {
-            name: raw[name] for name in cls.__dataclass_fields__ if isinstance(raw.get(name), (int, float))
-        }
+        known = {name: raw[name] for name in cls.__dataclass_fields__ if isinstance(raw.get(name), (int, float))}
         if raw.get("do_sample") is False:
             known["temperature"] = 0.0
         return cls(**known)
@@ -85,18 +83,14 @@ class Sampler:
         if min_p > 0.0:
             self._warpers.append(MinPLogitsWarper(min_p))
 
-    def choose(
-        self, logits_V: torch.Tensor, prompt: list[int], answer: list[int]
-    ) -> tuple[int, TokenLogprob | None]:
+    def choose(self, logits_V: torch.Tensor, prompt: list[int], answer: list[int]) -> tuple[int, TokenLogprob | None]:
         """The next token after ``prompt`` and ``answer``, and its log probability where asked for."""
         scores_1V = logits_V.unsqueeze(0).float().cpu()
         if self._processors:
             scores_1V = self._processors(torch.tensor([prompt + answer]), scores_1V)
         if answer and (self._presence or self._frequency):
             scores_1V = scores_1V.clone()
-            counts_V = torch.bincount(torch.tensor(answer), minlength=scores_1V.shape[1])[
-                : scores_1V.shape[1]
-            ]
+            counts_V = torch.bincount(torch.tensor(answer), minlength=scores_1V.shape[1])[: scores_1V.shape[1]]
             scores_1V -= self._frequency * counts_V + self._presence * (counts_V > 0)
         if self._greedy:
             token = int(scores_1V.argmax())

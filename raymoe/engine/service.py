@@ -154,16 +154,12 @@ class ModelService:
             return self.tokenizer.encode(prompt)
         if is_chat(prompt):
             return self._encode_chat(prompt)  # type: ignore[arg-type]
-        raise RequestError(
-            "a prompt is a text, a list of token ids, or a list of chat messages", param="prompt"
-        )
+        raise RequestError("a prompt is a text, a list of token ids, or a list of chat messages", param="prompt")
 
     def _encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         assert self.tokenizer is not None
         if self.tokenizer.chat_template is None:
-            raise RequestError(
-                f"{self.checkpoint.path} has no chat template; use text completion", param="messages"
-            )
+            raise RequestError(f"{self.checkpoint.path} has no chat template; use text completion", param="messages")
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise RequestError('a chat message needs "role" and "content", both texts', param="messages")

@@ -28,9 +28,7 @@ class WeightTable:
         """Set or clear one entry; its tensors are kept alive here."""
         self.tensors[index] = tensors
         first = (
-            next((tensors[name] for name in ("gate_up_proj", "up_proj") if name in tensors), None)
-            if tensors
-            else None
+            next((tensors[name] for name in ("gate_up_proj", "up_proj") if name in tensors), None) if tensors else None
         )
         self._first[index] = first.data_ptr() if first is not None else 0
         self._down[index] = tensors["down_proj"].data_ptr() if tensors else 0
@@ -79,7 +77,5 @@ class LayerCompute:
         weights = table.tensors[index_P[0]]
         assert weights is not None, "computed an expert that is not here"
         inner = weights["down_proj"].shape[-1]
-        kernels.experts(
-            table.first_pointers, table.down_pointers, index_P, hidden_RH, rows_P, inner, output_PH
-        )
+        kernels.experts(table.first_pointers, table.down_pointers, index_P, hidden_RH, rows_P, inner, output_PH)
         return output_PH

@@ -29,9 +29,7 @@ class ExpertMath:
         self.has_gate = bool(module.has_gate)
         self.is_transposed = bool(module.is_transposed)
         self.post_norm = (
-            getattr(module, "post_expert_norm", None)
-            if getattr(module, "has_post_expert_norm", False)
-            else None
+            getattr(module, "post_expert_norm", None) if getattr(module, "has_post_expert_norm", False) else None
         )
         self.first = "gate_up_proj" if self.has_gate else "up_proj"
         self.activate = module._apply_gate if self.has_gate else module.act_fn

@@ -85,13 +85,9 @@ class Shelf:
                 return slots_P, None
             self.residency.use(slots_P[ready_P])
             absent = [expert_id(layer, expert) for expert in np.unique(experts_P[~ready_P]).tolist()]
-            arriving = deque(
-                identifier for identifier in absent if self.residency.find(identifier) is not None
-            )
+            arriving = deque(identifier for identifier in absent if self.residency.find(identifier) is not None)
             self.residency.use([self.residency.slot_of[identifier] for identifier in arriving])
-            step = Step(
-                layer, experts_P, deque(i for i in absent if i not in self.residency.slot_of), arriving
-            )
+            step = Step(layer, experts_P, deque(i for i in absent if i not in self.residency.slot_of), arriving)
             self._load_waiting(step)
             return slots_P, step
 
@@ -171,9 +167,7 @@ class Shelf:
             self._evicted.append(evicted)
             self.counters.evictions += 1
         source = self._store.experts[identifier]
-        self._tickets[identifier] = self._loader.start(
-            source, self.pool.slots[slot], self.expert_bytes, priority
-        )
+        self._tickets[identifier] = self._loader.start(source, self.pool.slots[slot], self.expert_bytes, priority)
         self._loaded.append(identifier)
         self.counters.loads += 1
         self.counters.bytes_loaded += self.expert_bytes

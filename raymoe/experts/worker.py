@@ -217,9 +217,7 @@ class ExpertWorker:
 
     def report(self) -> WorkerReport:
         """Memory, residency and totals. Slots are allocated once, so their size is also their peak."""
-        identifiers = (
-            [i for shelf in self._shelves for i in shelf.resident()] if self.has_slots else self.store.experts
-        )
+        identifiers = [i for shelf in self._shelves for i in shelf.resident()] if self.has_slots else self.store.experts
         parts = [asdict(shelf.counters) for shelf in self._shelves] or [asdict(self._direct)]
         return WorkerReport(
             name=self.name,

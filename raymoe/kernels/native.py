@@ -58,9 +58,7 @@ class NativeKernels:
         """Whether there are kernels for this precision and device."""
         return dtype in SUFFIX and device.type == "cpu"
 
-    def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-    ) -> None:
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """``out[n] = weight[n, k] @ x[k] + bias[n]``; all contiguous, of one dtype, on the CPU."""
         rows, columns = weight.shape
         self._linear[weight.dtype](

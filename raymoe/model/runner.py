@@ -32,8 +32,7 @@ class Runner:
         self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._direct = (
             type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
-            and type(model)._update_model_kwargs_for_generation
-            is GenerationMixin._update_model_kwargs_for_generation
+            and type(model)._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation
             and self._takes_positions
             and model._supports_default_dynamic_cache()
         )
@@ -47,9 +46,7 @@ class Runner:
             kwargs["past_key_values"] = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         if self._takes_positions:
             kwargs["position_ids"] = torch.arange(len(tokens), device=self.device).unsqueeze(0)
-        inputs = self.model.prepare_inputs_for_generation(
-            ids, is_first_iteration=True, attention_mask=None, **kwargs
-        )
+        inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, attention_mask=None, **kwargs)
         outputs = self.model(**inputs, return_dict=True)
         kwargs = self.model._update_model_kwargs_for_generation(outputs, kwargs)
         return outputs.logits[0, -1].float(), SequenceState(ids, kwargs)

@@ -77,9 +77,7 @@ def assign(
     return {device: tuple(sorted(keys)) for device, keys in owned.items()}
 
 
-def owners_of(
-    ownership: Ownership, order: list[DeviceName] | None = None
-) -> dict[ExpertKey, tuple[DeviceName, ...]]:
+def owners_of(ownership: Ownership, order: list[DeviceName] | None = None) -> dict[ExpertKey, tuple[DeviceName, ...]]:
     """Expert -> its owners. The primary one comes first; primaries are balanced over the owners, layer by layer."""
     owners: dict[ExpertKey, list[DeviceName]] = {}
     for device in order or list(ownership):
@@ -93,9 +91,7 @@ def check_fits(sizes: tuple[LayerSize, ...], capacities: list[Capacity], replica
     total = sum(size.experts * size.expert_bytes for size in sizes)
     room = sum(capacity.host_bytes for capacity in capacities)
     if replication > len(capacities):
-        raise CapacityError(
-            f"{replication} owners per expert need as many workers, but there are {len(capacities)}"
-        )
+        raise CapacityError(f"{replication} owners per expert need as many workers, but there are {len(capacities)}")
     if replication * total > room:
         parts = ", ".join(f"{c.device}: {c.host_bytes:,}" for c in capacities)
         raise CapacityError(
@@ -149,8 +145,7 @@ def _place(
         candidates = [
             device
             for device in limit
-            if used[device] + expert_bytes <= limit[device]
-            and any(device not in kept.get(key, ()) for key in keys)
+            if used[device] + expert_bytes <= limit[device] and any(device not in kept.get(key, ()) for key in keys)
         ]
         if not candidates:
             raise CapacityError(

@@ -53,9 +53,7 @@ class WorkerClient:
             self._data[device] = data
             self._name_of[data] = device
             self._poller.register(data, zmq.POLLIN)
-            self._control[device] = client_socket(
-                self._context, endpoint.control, endpoint.public_key, keys, limits
-            )
+            self._control[device] = client_socket(self._context, endpoint.control, endpoint.public_key, keys, limits)
 
     def send(self, device: DeviceName, call: ExpertCall) -> int:
         """Send one call; returns its request number. Raises ExpertUnavailableError where the queue is full."""
@@ -63,9 +61,7 @@ class WorkerClient:
         try:
             self._data[device].send_multipart(pack_call(request, call), flags=zmq.NOBLOCK, copy=True)
         except zmq.Again as error:
-            raise ExpertUnavailableError(
-                f'worker "{device}" takes no more calls: its queue is full'
-            ) from error
+            raise ExpertUnavailableError(f'worker "{device}" takes no more calls: its queue is full') from error
         return request
 
     def gather(self, requests: dict[int, DeviceName], timeout_s: float) -> dict[int, ExpertAnswer]:
@@ -88,9 +84,7 @@ class WorkerClient:
                 self._receive(socket, requests, answers)
         return answers
 
-    def _receive(
-        self, socket: zmq.Socket, requests: dict[int, DeviceName], answers: dict[int, ExpertAnswer]
-    ) -> None:
+    def _receive(self, socket: zmq.Socket, requests: dict[int, DeviceName], answers: dict[int, ExpertAnswer]) -> None:
         frames = [frame.buffer for frame in socket.recv_multipart(copy=False)]
         header = parse_header(frames[0], self._limits)
         if header.request not in requests or header.request in answers:

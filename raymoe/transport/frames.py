@@ -93,9 +93,7 @@ def parse_header(frame: Buffer, limits: Limits) -> Header:
     if magic != MAGIC:
         raise FrameError("not a raymoe frame: wrong magic")
     if version != VERSION:
-        raise FrameError(
-            f"frame version {version}, expected {VERSION}: all nodes must run the same raymoe release"
-        )
+        raise FrameError(f"frame version {version}, expected {VERSION}: all nodes must run the same raymoe release")
     if kind not in Kind._value2member_map_:
         raise FrameError(f"unknown message kind {kind}")
     if dtype >= len(DTYPES):
@@ -178,9 +176,7 @@ def parse_answer(header: Header, body: Sequence[Buffer], limits: Limits) -> Expe
     if header.c + header.d > limits.changes:
         raise FrameError(f"{header.c + header.d:,} residency changes, the limit is {limits.changes:,}")
     expected = [header.pairs * header.hidden * header.dtype.itemsize]
-    frames = exact_frames(
-        body, [*expected, 4 * (header.c + header.d)] if header.c + header.d else expected, limits
-    )
+    frames = exact_frames(body, [*expected, 4 * (header.c + header.d)] if header.c + header.d else expected, limits)
     changes = np.frombuffer(frames[1], dtype=np.int32).tolist() if header.c + header.d else []
     return ExpertAnswer(
         output_PH=tensor_from(frames[0], header.dtype, (header.pairs, header.hidden)),
@@ -216,9 +212,7 @@ def pack_experts(
     return [header.pack(), np.array(identifiers, dtype=np.int32), np.array(scores, dtype=np.float32), name]
 
 
-def parse_experts(
-    header: Header, body: Sequence[Buffer], limits: Limits
-) -> tuple[list[int], list[float], str]:
+def parse_experts(header: Header, body: Sequence[Buffer], limits: Limits) -> tuple[list[int], list[float], str]:
     """Expert ids, scores and tag of a list message."""
     if header.a > limits.changes or header.b > MAX_TEXT_BYTES:
         raise FrameError(f"{header.a:,} experts in one list, the limit is {limits.changes:,}")

@@ -60,9 +60,7 @@ def authenticator(context: zmq.Context, clients: AllowedClients) -> ThreadAuthen
     return thread
 
 
-def server_socket(
-    context: zmq.Context, address: str, keys: KeyPair, limits: Limits
-) -> tuple[zmq.Socket, str]:
+def server_socket(context: zmq.Context, address: str, keys: KeyPair, limits: Limits) -> tuple[zmq.Socket, str]:
     """A bound ROUTER on a free port of ``address``; returns it and its endpoint."""
     socket = context.socket(zmq.ROUTER)
     _bound(socket, limits)
@@ -73,9 +71,7 @@ def server_socket(
     return socket, f"tcp://{bracketed(address)}:{port}"
 
 
-def client_socket(
-    context: zmq.Context, endpoint: str, server_key: bytes, keys: KeyPair, limits: Limits
-) -> zmq.Socket:
+def client_socket(context: zmq.Context, endpoint: str, server_key: bytes, keys: KeyPair, limits: Limits) -> zmq.Socket:
     """A DEALER connected to ``endpoint``."""
     socket = context.socket(zmq.DEALER)
     _bound(socket, limits)
