@@ -117,7 +117,8 @@ def map_tensors(
         if target not in targets and name in targets:
             target, pattern = rename_source_key(name, [], [], prefix, targets)
         if target not in expert_parameters:
-            trunk.append(name)
+            if target in targets:  # else of no use here: vision towers, extra prediction heads
+                trunk.append(name)
             continue
         collected = experts.setdefault(target, _Collected(converter=by_pattern[pattern] if pattern else None))
         collected.sources.setdefault(pattern or name, []).append(name)

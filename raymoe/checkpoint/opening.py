@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _get_model_class
 
 from raymoe.checkpoint.architectures import experts_modules, supported_model_types
 from raymoe.checkpoint.checkpoint import Checkpoint, MoeLayer
@@ -35,6 +36,7 @@ def open_checkpoint(source: str | Path, dtype: str = "auto", *, trust_remote_cod
     config = read_config(path, trust_remote_code)
     files = open_files(path)
     model_class = find_class(path, config, trust_remote_code)
+    config = text_part(config, model_class)
     served = served_dtype(dtype, config, files)
     skeleton = build_skeleton(model_class, config, served)
     layers, trunk = read_layout(path, config, skeleton, files)
@@ -137,7 +139,7 @@ def find_class(path: Path, config: PreTrainedConfig, trust_remote_code: bool) ->
     """The causal language model class for ``config``."""
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) in mapping:
-        return mapping[type(config)]
+        return _get_model_class(config, mapping)
     auto_map = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" in auto_map and trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -151,6 +153,14 @@ def find_class(path: Path, config: PreTrainedConfig, trust_remote_code: bool) ->
         f'{path} has model_type "{config.model_type}", which is no causal language model; '
         f"supported: {', '.join(supported_model_types())}"
     )
+
+
+def text_part(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    """Of a multimodal checkpoint only the language model is served, as AutoModelForCausalLM does it."""
+    text_class = config.sub_configs.get("text_config")
+    if text_class is not None and model_class.config_class == text_class:
+        return config.get_text_config()
+    return config
 
 
 def served_dtype(wanted: str, config: PreTrainedConfig, files: dict[str, SafetensorsFile]) -> torch.dtype:

@@ -6,6 +6,7 @@ involved, and nothing is created per expert. A ``local`` worker costs a function
 T tokens, K experts per token, P = T * K pairs, H hidden.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -14,8 +15,7 @@ import torch
 
 from raymoe.errors import ExpertUnavailableError
 from raymoe.experts.call import ExpertAnswer, ExpertCall
-from raymoe.placement.ownership import Ownership, owners_of
-from raymoe.types import DeviceName, LayerSize, Routing
+from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing
 
 
 class LocalWorker(Protocol):
@@ -46,13 +46,14 @@ class Dispatcher:
     """The engine's ``ExpertBackend``. Used by one thread.
 
     Args:
+        owners: whom to ask for each expert.
         max_rows: tokens per message; longer prompts go in several, so that messages stay bounded.
     """
 
     def __init__(
         self,
         sizes: tuple[LayerSize, ...],
-        ownership: Ownership,
+        owners: Mapping[ExpertKey, DeviceName],
         *,
         local: Mapping[DeviceName, LocalWorker],
         remote: RemoteWorkers | None,
@@ -68,19 +69,19 @@ class Dispatcher:
         self._zeros = np.zeros(max(size.top_k for size in sizes), dtype=np.int32)
         self._cost = Routing()
         self._changes: Changes = {}
-        self.set_ownership(sizes, ownership)
+        self.set_owners(sizes, owners)
 
-    def set_ownership(self, sizes: tuple[LayerSize, ...], ownership: Ownership) -> None:
-        """Use new owners from the next call on. Raises ExpertUnavailableError for an expert without one."""
-        names = list(ownership)
-        owners = owners_of(ownership)
+    def set_owners(self, sizes: tuple[LayerSize, ...], owners: Mapping[ExpertKey, DeviceName]) -> None:
+        """Ask these workers from the next call on. Raises ExpertUnavailableError for an expert without one."""
+        names = sorted(set(owners.values()))
+        number = {name: index for index, name in enumerate(names)}
         table = [np.full(size.experts, -1, dtype=np.int16) for size in sizes]
-        for key, devices in owners.items():
-            table[key.layer][key.expert] = names.index(devices[key.expert % len(devices)])
+        for key, name in owners.items():
+            table[key.layer][key.expert] = number[name]
         for layer, row in enumerate(table):
             if (row < 0).any():
                 raise ExpertUnavailableError(f"layer {layer}: expert {int(np.argmin(row))} has no owner")
-        self._names, self._primary = names, table
+        self._names, self._owner = names, table
 
     def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
         """Unweighted output of every chosen expert, [T, K, H], on the device of ``hidden_TH``."""
@@ -89,7 +90,7 @@ class Dispatcher:
             parts = zip(hidden_TH.split(self._max_rows), experts_TK.split(self._max_rows), strict=True)
             return torch.cat([self.compute(layer, hidden, experts) for hidden, experts in parts])
         experts_P = experts_TK.reshape(-1).cpu().numpy().astype(np.int32)
-        owner_P = self._primary[layer][experts_P]
+        owner_P = self._owner[layer][experts_P]
         if tokens == 1:
             rows_P = self._zeros[:k] if k <= len(self._zeros) else np.zeros(k, dtype=np.int32)
             if (owner_P == owner_P[0]).all():
@@ -100,7 +101,7 @@ class Dispatcher:
         order_P = np.lexsort((experts_P, owner_P))
         bounds = np.flatnonzero(np.diff(owner_P[order_P], prepend=-1, append=-1)).tolist()
         calls = {}
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             mine_P = order_P[start:end]
             name = self._names[owner_P[mine_P[0]]]
             calls[name] = (mine_P, subset(layer, hidden_TH, experts_P[mine_P], rows_P[mine_P]))

@@ -16,7 +16,7 @@ class ExpertCall:
     Attributes:
         layer: MoE layer.
         hidden_RH: rows of hidden states.
-        experts_P: int32, the expert of each pair, ascending.
+        experts_P: int32, the expert of each pair, in any order; equal ones together are computed together.
         rows_P: int32, the row of each pair.
         scores_E: float32 mean gate score of every expert in this step, or None; feeds eviction by score.
     """

@@ -6,6 +6,7 @@ needs fewer messages per layer. ``layer_spread`` chooses, from bytes and the cos
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from raymoe.errors import CapacityError
@@ -24,7 +25,7 @@ class Capacity:
 
 
 Ownership = dict[DeviceName, tuple[ExpertKey, ...]]
-"""The experts of each worker; an expert's first owner in ``owners_of`` is its primary one."""
+"""The experts in each worker's shard."""
 
 
 def layer_spread(size: LayerSize, workers: int, link_bytes_per_s: float = BYTES_PER_S) -> int:
@@ -77,13 +78,41 @@ def assign(
     return {device: tuple(sorted(keys)) for device, keys in owned.items()}
 
 
-def owners_of(ownership: Ownership, order: list[DeviceName] | None = None) -> dict[ExpertKey, tuple[DeviceName, ...]]:
-    """Expert -> its owners. The primary one comes first; primaries are balanced over the owners, layer by layer."""
+def owners_of(ownership: Ownership) -> dict[ExpertKey, tuple[DeviceName, ...]]:
+    """Expert -> its owners, in the order of ``ownership``."""
     owners: dict[ExpertKey, list[DeviceName]] = {}
-    for device in order or list(ownership):
-        for key in ownership[device]:
+    for device, keys in ownership.items():
+        for key in keys:
             owners.setdefault(key, []).append(device)
     return {key: tuple(devices) for key, devices in owners.items()}
+
+
+def primary_owners(
+    sizes: tuple[LayerSize, ...], ownership: Ownership, spreads: list[int]
+) -> dict[ExpertKey, DeviceName]:
+    """Which owner each expert is asked of while all are well.
+
+    The groups of a layer go to different workers, each group as a whole where someone owns all of it: with a
+    spread of one a layer costs a single message. Work is balanced over the workers by bytes.
+    """
+    owned = {device: set(keys) for device, keys in ownership.items()}
+    load = dict.fromkeys(ownership, 0)
+    primary: dict[ExpertKey, DeviceName] = {}
+    for layer, size in enumerate(sizes):
+        taken: set[DeviceName] = set()
+        for group in _groups(layer, size.experts, spreads[layer]):
+            rest = [key for key in group if any(key in keys for keys in owned.values())]
+            while rest:
+                covered = {device: [key for key in rest if key in keys] for device, keys in owned.items()}
+                device = min(owned, key=lambda d: (d in taken, -len(covered[d]), load[d]))
+                if not covered[device]:
+                    device = min(owned, key=lambda d: (-len(covered[d]), load[d]))
+                mine = set(covered[device])
+                primary.update(dict.fromkeys(mine, device))
+                load[device] += len(mine) * size.expert_bytes
+                taken.add(device)
+                rest = [key for key in rest if key not in mine]
+    return primary
 
 
 def check_fits(sizes: tuple[LayerSize, ...], capacities: list[Capacity], replication: int) -> None:
@@ -128,7 +157,7 @@ def _release_overload(
 def _groups(layer: int, experts: int, spread: int) -> list[list[ExpertKey]]:
     keys = [ExpertKey(layer=layer, expert=expert) for expert in range(experts)]
     bounds = [round(index * experts / spread) for index in range(spread + 1)]
-    return [keys[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [keys[start:end] for start, end in pairwise(bounds)]
 
 
 def _place(

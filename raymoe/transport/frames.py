@@ -126,7 +126,7 @@ def pack_call(request: int, call: ExpertCall) -> Message:
 
 
 def parse_call(header: Header, body: Sequence[Buffer], limits: Limits) -> ExpertCall:
-    """The call in a message. Raises FrameError where lengths, indices or order are wrong."""
+    """The call in a message. Raises FrameError where lengths or indices are wrong."""
     if not header.rows or not header.pairs or not header.hidden:
         raise FrameError("a call needs at least one row, one pair and one hidden element")
     if header.a > limits.experts:
@@ -135,8 +135,8 @@ def parse_call(header: Header, body: Sequence[Buffer], limits: Limits) -> Expert
     frames = exact_frames(body, [*expected, 4 * header.a] if header.a else expected, limits)
     experts = np.frombuffer(frames[1], dtype=np.int32)
     rows = np.frombuffer(frames[2], dtype=np.int32)
-    if experts[0] < 0 or experts[-1] >= limits.experts or np.any(experts[1:] < experts[:-1]):
-        raise FrameError(f"experts of a call must ascend within 0 and {limits.experts - 1}")
+    if experts.min() < 0 or experts.max() >= limits.experts:
+        raise FrameError(f"experts of a call must lie within 0 and {limits.experts - 1}")
     if rows.min() < 0 or rows.max() >= header.rows:
         raise FrameError(f"row indices must lie within 0 and {header.rows - 1}")
     return ExpertCall(

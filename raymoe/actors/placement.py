@@ -1,0 +1,281 @@
+"""The placement actor: starts the workers, decides who owns what, and ends them when nobody needs them.
+
+Ray calls carry lifecycle and configuration; what happens per step arrives on a ZeroMQ socket. Everything it
+knows can be gathered from the workers again, so a restart loses nothing.
+"""
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from raymoe.actors.names import NAMESPACE, placement_name, worker_name
+from raymoe.actors.worker import WorkerInfo, WorkerShell
+from raymoe.config import ClusterConfig, DeviceConfig
+from raymoe.errors import RaymoeError, StartError
+from raymoe.observe.stats import ClusterStats, DeviceStats
+from raymoe.placement.ownership import (
+    BYTES_PER_S,
+    Capacity,
+    Ownership,
+    assign,
+    check_fits,
+    layer_spread,
+    replication_factor,
+)
+from raymoe.placement.state import ClusterState, Holders
+from raymoe.transport.frames import Limits
+from raymoe.transport.placement import PlacementServer
+from raymoe.transport.sockets import Endpoint
+from raymoe.types import DeviceName, ExpertKey, LayerSize
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 300.0  # to schedule a worker and open the checkpoint there
+LOAD_TIMEOUT_S = 3600.0  # to read a shard from disk
+REPORT_TIMEOUT_S = 5.0
+WATCH_S = 1.0
+HOST_SHARE = 0.8  # of the free memory of a node, for all shards on it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """What an engine needs: owners, where the workers listen, and the placement actor's own socket."""
+
+    ownership: Ownership
+    endpoints: dict[DeviceName, Endpoint]
+    placement: Endpoint
+    replication: int
+    nodes: dict[DeviceName, str]
+
+
+class PlacementShell:
+    """One application's placement actor."""
+
+    def __init__(self, app: str, config: dict[str, Any], sizes: tuple[LayerSize, ...], limits: Limits) -> None:
+        self._app = app
+        self._config = ClusterConfig.model_validate(config)
+        self._sizes = sizes
+        self._limits = limits
+        self._state = ClusterState()
+        self._holders = Holders(created_s=time.monotonic())
+        self._workers: dict[DeviceName, ActorHandle] = {}
+        self._infos: dict[DeviceName, WorkerInfo] = {}
+        self._endpoints: dict[DeviceName, Endpoint] = {}
+        self._clients: set[bytes] = set()
+        self._server: PlacementServer | None = None
+        self._replication = 1
+        self._start_lock = threading.Lock()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    # --- lifecycle --------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The configuration this cluster was started with."""
+        return self._config.model_dump(mode="json")
+
+    def renew(self, holder: str) -> None:
+        """``holder`` keeps the cluster alive for a while."""
+        self._holders.renew(holder, time.monotonic())
+
+    def release(self, holder: str) -> None:
+        """``holder`` is leaving; the last one ends the cluster (the watch does, so that this call returns)."""
+        self._holders.release(holder)
+
+    def start(self, local: dict[DeviceName, int], client_key: bytes) -> ClusterView:
+        """Start or find the workers, hand out experts, admit a client. Safe to call again.
+
+        Args:
+            local: host memory in bytes of devices that live in the engine's process.
+            client_key: CURVE public key of the engine.
+
+        Raises StartError, CapacityError or CheckpointError; all workers are ended then.
+        """
+        with self._start_lock:
+            try:
+                return self._start(local, client_key)
+            except BaseException:
+                self._kill_workers()
+                raise
+
+    def _start(self, local: dict[DeviceName, int], client_key: bytes) -> ClusterView:
+        remote = [device for device in self._config.devices if device.transport == "zmq"]
+        self._workers = {DeviceName(device.name): self._find_or_create(device) for device in remote}
+        self._infos = {name: self._describe(name, handle) for name, handle in self._workers.items()}
+        capacities = self._capacities(remote, local)
+        total = sum(size.experts * size.expert_bytes for size in self._sizes)
+        self._replication = replication_factor(self._config.replication, total, capacities)
+        check_fits(self._sizes, capacities, self._replication)
+        current = {name: info.owned for name, info in self._infos.items() if info.owned}
+        self._state.ownership = assign(
+            self._sizes, capacities, self._replication, spreads(self._config, self._sizes), current or None
+        )
+        self._load()
+        self._clients.add(client_key)
+        addresses = {info.address for info in self._infos.values()} | {ray.util.get_node_ip_address()}
+        alone = len(addresses) == 1 and len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) == 1
+        for name, handle in self._workers.items():
+            address = self._config.bind or ("127.0.0.1" if alone else self._infos[name].address)
+            self._endpoints[name] = _get(handle.serve.remote(address, tuple(self._clients)), REPORT_TIMEOUT_S * 6)
+        if self._server is None:
+            own_address = self._config.bind or ("127.0.0.1" if alone else ray.util.get_node_ip_address())
+            self._server = PlacementServer(self._state, own_address, self._limits)
+        self._server.clients.keys.add(client_key)
+        return ClusterView(
+            ownership=self._state.ownership,
+            endpoints=dict(self._endpoints),
+            placement=self._server.endpoint,
+            replication=self._replication,
+            nodes={name: info.address for name, info in self._infos.items()},
+        )
+
+    def progress(self) -> tuple[int, int]:
+        """(experts in host memory, experts to be there) over all workers, while ``start`` runs."""
+        handles = list(self._workers.values())
+        wanted = sum(len(keys) for name, keys in self._state.ownership.items() if name in self._workers)
+        try:
+            return sum(ray.get([handle.progress.remote() for handle in handles], timeout=REPORT_TIMEOUT_S)), wanted
+        except RayError:
+            return 0, wanted
+
+    def shutdown(self) -> None:
+        """End the workers and this actor."""
+        self._kill_workers()
+        ray.kill(ray.get_actor(placement_name(self._app), NAMESPACE), no_restart=True)
+
+    # --- looking ----------------------------------------------------------------------------------------
+
+    def stats(self) -> ClusterStats:
+        """Every worker's report; one that does not answer is "down"."""
+        asked = {name: handle.report.remote() for name, handle in self._workers.items()}
+        kinds = {DeviceName(device.name): device for device in self._config.devices}
+        devices = {}
+        for name, reference in asked.items():
+            try:
+                report, dropped = ray.get(reference, timeout=REPORT_TIMEOUT_S)
+            except RayError:
+                continue
+            info = self._infos[name]
+            devices[str(name)] = device_stats(
+                kinds[name], report, node=info.node, pid=info.pid, dropped_messages=dropped
+            )
+        return ClusterStats(
+            app=self._app, devices=devices, replication=self._replication, policy=self._config.scheduling.policy
+        )
+
+    # --- within -----------------------------------------------------------------------------------------
+
+    def _find_or_create(self, device: DeviceConfig) -> ActorHandle:
+        name = worker_name(self._app, device.name)
+        try:
+            return ray.get_actor(name, NAMESPACE)
+        except ValueError:
+            pass
+        options: dict[str, Any] = {
+            "name": name,
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": -1,
+            "num_cpus": 0,  # a worker's threads are set by config; Ray's CPU slots would only refuse small machines
+            "resources": dict(device.resources),
+            "max_concurrency": 4,  # reports and progress while a shard is being read
+            "scheduling_strategy": "DEFAULT",  # not captured by a placement group around this actor
+        }
+        if device.node_labels:
+            options["label_selector"] = dict(device.node_labels)
+        if device.kind != "cpu":  # Ray would hide all GPUs from an actor that asks it for none
+            options["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
+        model = self._config.model.model_dump(mode="json")
+        remote_class = ray.remote(WorkerShell)
+        return remote_class.options(**options).remote(model, device.model_dump(mode="json"), self._limits)
+
+    def _describe(self, name: DeviceName, handle: ActorHandle) -> WorkerInfo:
+        try:
+            return _get(handle.describe.remote(), START_TIMEOUT_S)
+        except GetTimeoutError as error:
+            device = next(device for device in self._config.devices if device.name == name)
+            wanted = {**device.node_labels, **device.resources} or "any node"
+            raise StartError(
+                f'device "{name}" was not scheduled within {START_TIMEOUT_S:g} s; no alive node offers {wanted}? '
+                "see `ray status`"
+            ) from error
+
+    def _capacities(self, remote: list[DeviceConfig], local: dict[DeviceName, int]) -> list[Capacity]:
+        """Host memory per device: as configured, else an equal part of what is free on its node."""
+        sharing: dict[str, int] = {}
+        for device in remote:
+            node = self._infos[DeviceName(device.name)].node
+            sharing[node] = sharing.get(node, 0) + 1
+        capacities = []
+        for device in self._config.devices:
+            name = DeviceName(device.name)
+            if name in local:
+                capacities.append(Capacity(device=name, host_bytes=local[name]))
+                continue
+            info = self._infos[name]
+            held = sum(self._sizes[key.layer].expert_bytes for key in info.owned)
+            free = int(HOST_SHARE * info.free_host_bytes) // sharing[info.node] + held
+            capacities.append(Capacity(device=name, host_bytes=device.host_memory or free))
+        return capacities
+
+    def _load(self) -> None:
+        everything = self._config.scheduling.policy == "all_resident"
+        loads = []
+        for name, handle in self._workers.items():
+            here = set(self._infos[name].owned)
+            missing: tuple[ExpertKey, ...] = tuple(key for key in self._state.ownership[name] if key not in here)
+            loads.append(handle.own.remote(missing, everything))
+        for reference in loads:
+            _get(reference, LOAD_TIMEOUT_S)
+
+    def _kill_workers(self) -> None:
+        for device in self._config.devices:
+            try:
+                ray.kill(ray.get_actor(worker_name(self._app, device.name), NAMESPACE), no_restart=True)
+            except ValueError:
+                pass
+        self._workers, self._infos, self._endpoints = {}, {}, {}
+
+    def _watch(self) -> None:
+        while not self._holders.is_abandoned(time.monotonic()):
+            time.sleep(WATCH_S)
+        log.info("nobody holds application %s any more; ending its workers", self._app)
+        self.shutdown()
+
+
+def spreads(config: ClusterConfig, sizes: tuple[LayerSize, ...]) -> list[int]:
+    """Over how many workers each layer is spread, given the slowest link that is known."""
+    rate = min([device.link.bytes_per_s for device in config.devices if device.link] or [BYTES_PER_S])
+    return [layer_spread(size, len(config.devices), rate) for size in sizes]
+
+
+def device_stats(device: DeviceConfig, report: Any, *, node: str, pid: int, dropped_messages: int = 0) -> DeviceStats:
+    """A device's line in the stats, from its worker's report."""
+    values = {name: getattr(report, name) for name in report.__slots__ if name not in ("resident", "name")}
+    return DeviceStats(
+        name=device.name,
+        kind=device.kind,
+        transport=device.transport,
+        state="healthy",
+        node=node,
+        pid=pid,
+        resident=len(report.resident),
+        resident_experts=report.resident,
+        dropped_messages=dropped_messages,
+        **values,
+    )
+
+
+def _get(reference: Any, timeout_s: float) -> Any:
+    """``ray.get`` with our own errors unwrapped."""
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, RaymoeError):
+            raise error.cause from None
+        raise

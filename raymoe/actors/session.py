@@ -1,0 +1,263 @@
+"""An engine's session with its cluster: everything from a configuration to a model that answers.
+
+Used by ``raymoe.launch`` inside the caller's process and by the Serve deployment inside its replica.
+"""
+
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+
+import psutil
+import ray
+import torch
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from raymoe.actors.lease import Lease
+from raymoe.actors.names import NAMESPACE, placement_name
+from raymoe.actors.placement import HOST_SHARE, ClusterView, PlacementShell, device_stats, spreads
+from raymoe.checkpoint.checkpoint import Checkpoint
+from raymoe.checkpoint.opening import open_checkpoint
+from raymoe.config import ClusterConfig, DeviceConfig
+from raymoe.engine.dispatch import Dispatcher
+from raymoe.engine.service import ModelService
+from raymoe.errors import RaymoeError, StartError
+from raymoe.experts.build import make_worker
+from raymoe.experts.worker import ExpertWorker
+from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats
+from raymoe.placement.ownership import Capacity, Ownership, assign, primary_owners
+from raymoe.transport.client import WorkerClient
+from raymoe.transport.frames import Limits
+from raymoe.transport.placement import PlacementClient
+from raymoe.transport.sockets import KeyPair
+from raymoe.types import DeviceName
+
+OnStage = Callable[[str], None]
+"""Told of each stage of a start, in words."""
+
+STATS_TIMEOUT_S = 15.0
+PROGRESS_S = 1.0
+
+
+class Session:
+    """A model that answers, on workers found or started for application ``app``.
+
+    The constructor blocks until everything is ready. Raises RaymoeError of the fitting kind where it can't be;
+    nothing that it started is left running then.
+    """
+
+    def __init__(self, config: ClusterConfig, app: str, on_stage: OnStage = lambda stage: None) -> None:
+        self.config = config
+        self.app = app
+        on_stage(f"opening {config.model.source}")
+        self.checkpoint = open_checkpoint(
+            config.model.source, config.model.dtype, trust_remote_code=config.model.trust_remote_code
+        )
+        self._placement: ActorHandle | None = None
+        self._lease: Lease | None = None
+        self._client: WorkerClient | None = None
+        self._news: PlacementClient | None = None
+        self._local: dict[DeviceName, ExpertWorker] = {}
+        self.replication = 1
+        try:
+            dispatcher = self._connect(on_stage)
+            on_stage("building the trunk")
+            self.service = ModelService(self.checkpoint, config, dispatcher)
+        except BaseException:
+            self.close()
+            raise
+        on_stage("ready")
+
+    # --- starting ---------------------------------------------------------------------------------------
+
+    def _connect(self, on_stage: OnStage) -> Dispatcher:
+        local = [device for device in self.config.devices if device.transport == "local"]
+        remote = [device for device in self.config.devices if device.transport == "zmq"]
+        set_threads(self.config, len(remote))
+        self._local = {DeviceName(device.name): make_worker(self.checkpoint, device) for device in local}
+        memory = local_memory(local)
+        if remote:
+            on_stage(f"starting {len(remote)} expert workers")
+            keys = KeyPair.create()
+            limits = message_limits(self.checkpoint)
+            view = self._start_remote(memory, keys, limits, on_stage)
+            self._client = WorkerClient(view.endpoints, keys, limits)
+            self._news = PlacementClient(view.placement, keys, limits)
+            ownership, self.replication = view.ownership, view.replication
+        else:
+            ownership = own_locally(self.checkpoint, self.config, memory)
+        for name, worker in self._local.items():
+            on_stage(f"reading {len(ownership[name])} experts for {name}")
+            worker.own(ownership[name])
+            if self.config.scheduling.policy == "all_resident":
+                worker.load_all()
+        sizes = self.checkpoint.sizes()
+        return Dispatcher(
+            sizes,
+            primary_owners(sizes, ownership, spreads(self.config, sizes)),
+            local=self._local,
+            remote=self._client,
+            timeout_s=self.config.scheduling.call_timeout_s,
+            on_changes=self._news.publish if self._news is not None else None,
+        )
+
+    def _start_remote(
+        self, memory: dict[DeviceName, int], keys: KeyPair, limits: Limits, on_stage: OnStage
+    ) -> ClusterView:
+        self._placement = find_or_create_placement(self.config, self.app, self.checkpoint, limits)
+        self._lease = Lease(self.app, f"engine-{uuid.uuid4().hex}")
+        reference = self._placement.start.remote(memory, keys.public)
+        while not ray.wait([reference], timeout=PROGRESS_S)[0]:
+            try:
+                done, wanted = ray.get(self._placement.progress.remote(), timeout=STATS_TIMEOUT_S)
+            except RayError:
+                continue
+            if wanted:
+                on_stage(f"reading experts into host memory: {done} of {wanted}")
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            if isinstance(error.cause, RaymoeError):
+                raise error.cause from None
+            raise StartError(f"the workers of {self.app} could not be started: {error}") from error
+        except RayError as error:
+            raise StartError(f"the workers of {self.app} could not be started: {error}") from error
+
+    # --- looking ----------------------------------------------------------------------------------------
+
+    def stats(self) -> ClusterStats:
+        """Devices, local and remote, and the engine."""
+        devices: dict[str, DeviceStats] = {}
+        if self._placement is not None:
+            devices |= ray.get(self._placement.stats.remote(), timeout=STATS_TIMEOUT_S).devices
+        for device in self.config.devices:
+            worker = self._local.get(DeviceName(device.name))
+            if worker is not None:
+                devices[device.name] = device_stats(device, worker.report(), node="local", pid=os.getpid())
+        return ClusterStats(
+            app=self.app,
+            devices={device.name: devices[device.name] for device in self.config.devices if device.name in devices},
+            engine=self._engine_stats(),
+            replication=self.replication,
+            policy=self.config.scheduling.policy,
+        )
+
+    def _engine_stats(self) -> EngineStats:
+        card, report = self.service.card, self.service.report()
+        routing = report.routing
+        return EngineStats(
+            model=card.name,
+            architecture=card.architecture,
+            dtype=card.dtype,
+            hits=routing.hits,
+            misses=routing.misses,
+            loads=routing.loads,
+            bytes_loaded=routing.bytes_loaded,
+            **{name: getattr(report, name) for name in report.__slots__ if name != "routing"},
+        )
+
+    def close(self) -> None:
+        """Stop the engine and let go of the workers; they end when nobody else holds them."""
+        service = getattr(self, "service", None)
+        if service is not None:
+            service.close()
+        for worker in self._local.values():
+            worker.close()
+        if self._client is not None:
+            self._client.close()
+        if self._news is not None:
+            self._news.close()
+        if self._lease is not None:
+            self._lease.close()
+
+
+def find_or_create_placement(config: ClusterConfig, app: str, checkpoint: Checkpoint, limits: Limits) -> ActorHandle:
+    """The placement actor of ``app``. One that runs another configuration is ended first, with its workers."""
+    name = placement_name(app)
+    wanted = config.model_dump(mode="json")
+    try:
+        existing = ray.get_actor(name, NAMESPACE)
+        if ray.get(existing.fingerprint.remote(), timeout=STATS_TIMEOUT_S) == wanted:
+            return existing
+        existing.shutdown.remote()
+        wait_until_gone(name)
+    except (ValueError, RayError):
+        pass  # none there, or one that is on its way out
+    remote_class = ray.remote(PlacementShell)
+    return remote_class.options(
+        name=name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        num_cpus=0,
+        max_concurrency=8,
+        scheduling_strategy="DEFAULT",
+    ).remote(app, wanted, checkpoint.sizes(), limits)
+
+
+def wait_until_gone(name: str, timeout_s: float = 30.0) -> None:
+    """Wait until a named actor no longer exists. Raises StartError where it stays."""
+    step_s, waited = 0.1, threading.Event()
+    for _ in range(int(timeout_s / step_s)):
+        try:
+            ray.get_actor(name, NAMESPACE)
+        except ValueError:
+            return
+        waited.wait(step_s)
+    raise StartError(f"the actor {name} of an earlier start does not end; see `ray list actors`")
+
+
+def cluster_status(app: str) -> ClusterStats:
+    """Stats of the workers of a running application, from any driver of its Ray cluster.
+
+    Raises StartError where no such application runs.
+    """
+    try:
+        placement = ray.get_actor(placement_name(app), NAMESPACE)
+        return ray.get(placement.stats.remote(), timeout=STATS_TIMEOUT_S)
+    except ValueError as error:
+        raise StartError(f'no application "{app}" with remote workers runs on this Ray cluster') from error
+    except RayError as error:
+        raise StartError(f'the placement actor of "{app}" does not answer: {error}') from error
+
+
+def own_locally(checkpoint: Checkpoint, config: ClusterConfig, memory: dict[DeviceName, int]) -> Ownership:
+    """Owners where every device lives in this process; there is one copy of everything."""
+    capacities = [Capacity(device=DeviceName(d.name), host_bytes=memory[DeviceName(d.name)]) for d in config.devices]
+    replication = config.replication if isinstance(config.replication, int) else 1
+    sizes = checkpoint.sizes()
+    return assign(sizes, capacities, replication, spreads(config, sizes))
+
+
+def local_memory(devices: list[DeviceConfig]) -> dict[DeviceName, int]:
+    """Host memory for devices of this process: as configured, else an equal part of what is free."""
+    share = int(HOST_SHARE * psutil.virtual_memory().available) // max(1, len(devices))
+    return {DeviceName(device.name): device.host_memory or share for device in devices}
+
+
+def set_threads(config: ClusterConfig, remote_workers: int) -> None:
+    """Threads of the trunk: as configured, else every core that no worker needs, assuming they share the machine."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.trunk.threads or max(1, cores - remote_workers))
+
+
+def message_limits(checkpoint: Checkpoint) -> Limits:
+    """Bounds of messages for this model, with some room: hidden sizes of experts may differ from the config's."""
+    sizes = checkpoint.sizes()
+    hidden = max(shape[-1] for layer in checkpoint.layers for shape in layer.shapes.values())
+    hidden = max(hidden, *(shape[0] for layer in checkpoint.layers for shape in layer.shapes.values()))
+    top_k = max(size.top_k for size in sizes)
+    defaults = Limits()
+    rows = 2048
+    return replace(
+        defaults,
+        layers=len(sizes),
+        rows=rows,
+        pairs=rows * max(top_k, 16),
+        hidden=hidden,
+        experts=max(size.experts for size in sizes),
+        body_bytes=rows * max(top_k, 16) * hidden * 4 + (1 << 20),
+    )

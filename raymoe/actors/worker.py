@@ -1,0 +1,84 @@
+"""The expert worker as a Ray actor: a thin shell that says where it lives and hands calls on."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+import torch
+
+from raymoe.checkpoint.opening import open_checkpoint
+from raymoe.config import DeviceConfig, ModelConfig
+from raymoe.errors import ConfigError
+from raymoe.experts.build import default_threads, make_worker
+from raymoe.experts.worker import WorkerReport
+from raymoe.transport.frames import Limits
+from raymoe.transport.server import WorkerServer
+from raymoe.transport.sockets import Endpoint
+from raymoe.types import ExpertKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """Where a worker lives and what its node can hold; ``owned`` is its shard, empty for a fresh one."""
+
+    node: str
+    address: str
+    pid: int
+    free_host_bytes: int
+    owned: tuple[ExpertKey, ...]
+    endpoint: Endpoint | None
+
+
+class WorkerShell:
+    """One expert worker. Raises CheckpointError where the checkpoint can't be opened on this node."""
+
+    def __init__(self, model: dict[str, Any], device: dict[str, Any], limits: Limits) -> None:
+        settings = ModelConfig.model_validate(model)
+        self._device = DeviceConfig.model_validate(device)
+        self._limits = limits
+        torch.set_num_threads(self._device.threads or default_threads(self._device))
+        self._checkpoint = open_checkpoint(
+            settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code
+        )
+        self._worker = make_worker(self._checkpoint, self._device)
+        self._owned: set[ExpertKey] = set()
+        self._server: WorkerServer | None = None
+
+    def describe(self) -> WorkerInfo:
+        """Node, address, free memory, shard and endpoint."""
+        return WorkerInfo(
+            node=ray.get_runtime_context().get_node_id(),
+            address=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
+            free_host_bytes=psutil.virtual_memory().available,
+            owned=tuple(sorted(self._owned)),
+            endpoint=self._server.endpoint if self._server else None,
+        )
+
+    def own(self, keys: tuple[ExpertKey, ...], load_all: bool) -> int:
+        """Read experts into host memory, and with ``load_all`` into slots. Returns the bytes held."""
+        self._worker.own(keys)
+        self._owned.update(keys)
+        if load_all:
+            self._worker.load_all()
+        return self._worker.store.nbytes
+
+    def progress(self) -> int:
+        """How many experts are in host memory now."""
+        return len(self._worker.store.experts)
+
+    def serve(self, address: str, clients: tuple[bytes, ...]) -> Endpoint:
+        """Open the data plane on ``address`` for the given client keys; a second call only admits more clients."""
+        if self._server is None:
+            try:
+                self._server = WorkerServer(self._worker, address, self._limits, set(clients))
+            except OSError as error:
+                raise ConfigError(f'device "{self._device.name}" can\'t bind {address}: {error}') from error
+        self._server.clients.keys.update(clients)
+        return self._server.endpoint
+
+    def report(self) -> tuple[WorkerReport, int]:
+        """The worker's own report, and how many malformed messages were dropped."""
+        return self._worker.report(), self._server.dropped if self._server else 0

@@ -1,0 +1,107 @@
+"""Greedy tokens equal transformers' generate, for every architecture, device count, budget and transport."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import raymoe
+from raymoe.actors.session import Session
+from raymoe.config import EMBEDDED_MODEL, ClusterConfig
+from raymoe.launcher import Moe
+from tests.toy_models import EXCLUDED, PROMPT, TOYS, causal_moe_types, reference_tokens, save_toy
+
+NEW_TOKENS = 12
+CONTRASTING = ["gpt_oss", "deepseek_v3", "nemotron_h", "granitemoe"]
+EMBEDDED_PROMPT = list(range(200, 216))
+
+
+def test_every_type_has_a_toy_or_a_reason() -> None:
+    missing = sorted(set(causal_moe_types()) - set(TOYS) - set(EXCLUDED))
+    assert not missing, f"new architectures in transformers need an entry in tests/toy_models.py: {missing}"
+
+
+@pytest.fixture(scope="module")
+def toy_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("toys")
+
+
+def saved(directory: Path, model_type: str) -> Path:
+    path = directory / model_type
+    return path if path.exists() else save_toy(model_type, path)
+
+
+def loaded(path: Path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def open_local(path: Path, devices: int, slot_memory: int | None) -> Moe:
+    config = ClusterConfig.model_validate(
+        {
+            "model": {"path": str(path), "dtype": "float32"},
+            "devices": [
+                {"name": f"edge-{i}", "transport": "local", "slot_memory": slot_memory} for i in range(devices)
+            ],
+        }
+    )
+    return Moe(Session(config, "test"), owns_ray=False)
+
+
+def one_expert_bytes(path: Path) -> int:
+    """A budget that holds one expert of each shape."""
+    from raymoe.checkpoint.opening import open_checkpoint
+
+    checkpoint = open_checkpoint(path, "float32")
+    kinds = {tuple(sorted(layer.shapes.items())): layer.expert_bytes(torch.float32) for layer in checkpoint.layers}
+    return sum(kinds.values())
+
+
+def test_embedded_model_matches_for_text_of_every_kind() -> None:
+    reference = loaded(EMBEDDED_MODEL)
+    with open_local(EMBEDDED_MODEL, 1, None) as moe:
+        for text in ("It is a truth universally acknowledged, that", "def __init__(self", "In the beginning God"):
+            prompt = moe._session.service.encode(text)
+            result = moe.generate(text, max_tokens=48, temperature=0.0, ignore_eos=True)
+            assert result.token_ids == reference_tokens(reference, prompt, 48)
+
+
+@pytest.mark.parametrize("model_type", sorted(TOYS))
+def test_every_architecture_in_process(model_type: str, toy_directory: Path) -> None:
+    path = saved(toy_directory, model_type)
+    expected = reference_tokens(loaded(path), PROMPT, NEW_TOKENS)
+    with open_local(path, 1, None) as moe:
+        assert moe.generate(PROMPT, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True).token_ids == expected
+    with open_local(path, 2, one_expert_bytes(path)) as moe:
+        result = moe.generate(PROMPT, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+        assert result.token_ids == expected
+        assert result.routing.misses > 0
+        for device in moe.stats().devices.values():
+            assert device.slot_budget_bytes is not None
+            assert 0 < device.peak_slot_bytes <= device.slot_budget_bytes
+
+
+@pytest.mark.parametrize("model_type", ["embedded", *CONTRASTING])
+def test_matrix_of_devices_budgets_and_transports(model_type: str, toy_directory: Path, ray_session: None) -> None:
+    path = EMBEDDED_MODEL if model_type == "embedded" else saved(toy_directory, model_type)
+    prompt = EMBEDDED_PROMPT if model_type == "embedded" else PROMPT
+    expected = reference_tokens(loaded(path), prompt, NEW_TOKENS)
+    one = one_expert_bytes(path)
+    for count in (1, 2, 4):
+        for transport in ("local", "zmq"):
+            for budget in budgets(count, transport, one):
+                devices = [
+                    {"name": f"d{i}", "transport": transport, "slot_memory": budget, "host_memory": "200MiB"}
+                    for i in range(count)
+                ]
+                config = {"model": {"path": str(path), "dtype": "float32"}, "devices": devices}
+                with raymoe.launch(config) as moe:
+                    result = moe.generate(prompt, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+                    assert result.token_ids == expected, (model_type, count, transport, budget)
+
+
+def budgets(count: int, transport: str, one_expert: int) -> list[int | None]:
+    """One expert, a few, everything (None). Starting processes is slow, so remote ones try the extremes once each."""
+    if transport == "local":
+        return [one_expert, 5 * one_expert, None]
+    return {1: [one_expert], 2: [5 * one_expert], 4: [None, one_expert]}[count]
