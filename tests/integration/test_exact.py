@@ -11,6 +11,7 @@ from raymoe.actors.session import Session
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
 from raymoe.launcher import Moe
 from tests.toy_models import EXCLUDED, PROMPT, TOYS, causal_moe_types, reference_tokens, save_toy
+from tests.workers import service_over_sockets
 
 NEW_TOKENS = 12
 CONTRASTING = ["gpt_oss", "deepseek_v3", "nemotron_h", "granitemoe"]
@@ -82,26 +83,46 @@ def test_every_architecture_in_process(model_type: str, toy_directory: Path) -> 
 
 
 @pytest.mark.parametrize("model_type", ["embedded", *CONTRASTING])
-def test_matrix_of_devices_budgets_and_transports(model_type: str, toy_directory: Path, ray_session: None) -> None:
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("transport", ["local", "zmq"])
+def test_matrix_of_devices_budgets_and_transports(
+    model_type: str, devices: int, transport: str, toy_directory: Path
+) -> None:
     path = EMBEDDED_MODEL if model_type == "embedded" else saved(toy_directory, model_type)
     prompt = EMBEDDED_PROMPT if model_type == "embedded" else PROMPT
     expected = reference_tokens(loaded(path), prompt, NEW_TOKENS)
     one = one_expert_bytes(path)
-    for count in (1, 2, 4):
-        for transport in ("local", "zmq"):
-            for budget in budgets(count, transport, one):
-                devices = [
-                    {"name": f"d{i}", "transport": transport, "slot_memory": budget, "host_memory": "200MiB"}
-                    for i in range(count)
-                ]
-                config = {"model": {"path": str(path), "dtype": "float32"}, "devices": devices}
-                with raymoe.launch(config) as moe:
-                    result = moe.generate(prompt, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-                    assert result.token_ids == expected, (model_type, count, transport, budget)
+    for budget in (one, 5 * one, None):
+        if transport == "local":
+            with open_local(path, devices, budget) as moe:
+                result = moe.generate(prompt, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+        else:
+            with service_over_sockets(path, devices, budget, spread=devices) as (service, workers):
+                result = service.generate(prompt, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+                reports = [worker.report() for worker in workers]
+            assert all(budget is None or report.peak_slot_bytes <= budget for report in reports)
+            assert sum(report.hits + report.misses for report in reports) == result.routing.hits + result.routing.misses
+        assert result.token_ids == expected, f"budget {budget}"
 
 
-def budgets(count: int, transport: str, one_expert: int) -> list[int | None]:
-    """One expert, a few, everything (None). Starting processes is slow, so remote ones try the extremes once each."""
-    if transport == "local":
-        return [one_expert, 5 * one_expert, None]
-    return {1: [one_expert], 2: [5 * one_expert], 4: [None, one_expert]}[count]
+@pytest.mark.integration
+@pytest.mark.parametrize("model_type", ["embedded", "gpt_oss"])
+def test_worker_processes_give_the_same_tokens(model_type: str, toy_directory: Path, ray_session: None) -> None:
+    path = EMBEDDED_MODEL if model_type == "embedded" else saved(toy_directory, model_type)
+    prompt = EMBEDDED_PROMPT if model_type == "embedded" else PROMPT
+    expected = reference_tokens(loaded(path), prompt, NEW_TOKENS)
+    budget = 5 * one_expert_bytes(path)
+    config = {
+        "model": {"path": str(path), "dtype": "float32"},
+        "devices": [{"name": "bounded", "slot_memory": budget}, {"name": "free"}],
+    }
+    with raymoe.launch(config) as moe:
+        result = moe.generate(prompt, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+        chunks = list(moe.stream(prompt, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True))
+        stats = moe.stats()
+    assert result.token_ids == expected
+    assert [token for chunk in chunks for token in chunk.token_ids] == expected
+    assert 0 < stats.devices["bounded"].peak_slot_bytes <= budget
+    assert stats.devices["free"].peak_slot_bytes == 0
+    assert stats.devices["bounded"].pid != stats.devices["free"].pid
+    assert stats.engine is not None and stats.engine.completion_tokens == 2 * NEW_TOKENS

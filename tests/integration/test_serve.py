@@ -1,0 +1,399 @@
+"""The whole server over HTTP and handles: real Ray, real Serve, the embedded model on two bounded devices.
+
+One cluster serves every test here; the tests that break something come last.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+import torch
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deployments.app import app as bound_application
+from raymoe.config import EMBEDDED_MODEL, ClusterConfig
+from raymoe.engine.request import Result
+from raymoe.errors import RequestError
+from raymoe.observe.stats import ClusterStats
+from raymoe.serve.app import build_application
+
+pytestmark = pytest.mark.integration
+
+PROMPT = "It is a truth universally acknowledged, that"
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24}
+LONG: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 900, "ignore_eos": True, "temperature": 0.0}
+CHAT = [{"role": "user", "content": "In the beginning God created"}]
+WAIT_S = 60.0  # for what takes a moment on an idle machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """The running application."""
+
+    url: str
+    handle: DeploymentHandle
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=WAIT_S, **options)
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=WAIT_S)
+
+    def stats(self) -> ClusterStats:
+        return self.handle.stats.remote().result(timeout_s=WAIT_S)
+
+    def running(self) -> int:
+        engine = self.stats().engine
+        assert engine is not None
+        return engine.running + engine.waiting
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """The embedded model as ``serve run deployments.app:app`` would serve it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        handle = serve.run(bound_application, name="raymoe")
+        yield Server(url=f"http://127.0.0.1:{port}", handle=handle)
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _t(request):
+    t = time.time()
+    yield
+    print(request.node.name, time.time() - t)
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=WAIT_S, max_retries=0)
+
+
+def until(holds: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
+    """Wait for something that other processes do."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, f"{what} did not happen within {timeout_s:g} s"
+        time.sleep(0.1)
+
+
+def actor_names(app: str) -> list[str]:
+    """Our detached actors of an application."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["name"] for actor in actors if actor["name"].startswith(f"raymoe:{app}:"))
+
+
+@contextlib.contextmanager
+def long_stream(server: Server) -> Iterator[Iterator[str]]:
+    """Lines of an answer that takes long; leaving closes the connection."""
+    body = {**LONG, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=WAIT_S) as stream:
+        yield stream.iter_lines()
+
+
+# --- answers --------------------------------------------------------------------------------------------
+
+
+def test_health_and_models(server: Server, client: openai.OpenAI) -> None:
+    assert server.get("/health").json() == {"status": "ok", "model": "tiny-moe"}
+    assert [model.id for model in client.models.list()] == ["tiny-moe"]
+
+
+def test_greedy_tokens_are_transformers_own(server: Server, client: openai.OpenAI) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval()
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    output = model.generate(**prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=1)
+    expected = output[0, prompt.input_ids.shape[1] :].tolist()
+
+    extra = {"ignore_eos": True, "repetition_penalty": 1.0}
+    over_http = client.completions.create(model="tiny-moe", prompt=PROMPT, extra_body=extra, **GREEDY)
+    assert over_http.choices[0].text == tokenizer.decode(expected)
+    assert over_http.usage is not None
+    assert over_http.usage.completion_tokens == 24
+    by_handle: Result = server.handle.generate.remote(PROMPT, **GREEDY, **extra).result(timeout_s=WAIT_S)
+    assert by_handle.token_ids == expected
+    from_ids = client.completions.create(
+        model="tiny-moe", prompt=prompt.input_ids[0].tolist(), extra_body=extra, **GREEDY
+    )
+    assert from_ids.choices[0].text == over_http.choices[0].text
+
+
+def test_a_streamed_chat_is_the_whole_one(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="tiny-moe", messages=CHAT, **GREEDY)  # type: ignore[call-overload]
+    assert whole.choices[0].message.role == "assistant"
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.routing["hits"] + whole.routing["misses"] > 0
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.chat.completions.create(model="tiny-moe", messages=CHAT, **GREEDY, **options))
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [choice.finish_reason for choice in chunks[-2].choices] == ["length"]
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+
+
+def test_a_streamed_completion_is_the_whole_one(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="tiny-moe", prompt=PROMPT, **GREEDY)
+    chunks = list(client.completions.create(model="tiny-moe", prompt=PROMPT, stream=True, **GREEDY))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert len(chunks) > 1
+
+
+def test_a_chat_of_text_parts(client: openai.OpenAI) -> None:
+    parts: Any = [{"role": "user", "content": [{"type": "text", "text": CHAT[0]["content"]}]}]
+    plain = client.chat.completions.create(model="tiny-moe", messages=CHAT, **GREEDY)  # type: ignore[call-overload]
+    assert client.chat.completions.create(model="tiny-moe", messages=parts, **GREEDY).choices[0].message.content == (
+        plain.choices[0].message.content
+    )
+
+
+def test_log_probabilities(client: openai.OpenAI) -> None:
+    asked: Any = {"messages": CHAT, "logprobs": True, "top_logprobs": 3, **GREEDY}
+    choice = client.chat.completions.create(model="tiny-moe", **asked).choices[0]
+    entries = choice.logprobs.content
+    assert len(entries) == 24
+    assert "".join(entry.token for entry in entries) == choice.message.content
+    assert all(len(entry.top_logprobs) == 3 and entry.logprob <= 0 for entry in entries)
+    columns = client.completions.create(model="tiny-moe", prompt=PROMPT, logprobs=2, **GREEDY).choices[0].logprobs
+    assert columns is not None
+    assert len(columns.tokens or []) == len(columns.token_logprobs or []) == len(columns.text_offset or []) == 24
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="tiny-moe", prompt=PROMPT, **GREEDY).choices[0].text
+    stop = whole[10:13]
+    choice = client.completions.create(model="tiny-moe", prompt=PROMPT, stop=stop, **GREEDY).choices[0]
+    assert choice.text == whole[: whole.index(stop)]
+    assert choice.finish_reason == "stop"
+
+
+def test_a_seed_repeats_an_answer(client: openai.OpenAI) -> None:
+    def sample(seed: int) -> str:
+        answer = client.completions.create(model="tiny-moe", prompt=PROMPT, seed=seed, temperature=1.5, max_tokens=24)
+        return answer.choices[0].text
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_handles_generate_stream_and_tell_stats(server: Server) -> None:
+    handle = serve.get_app_handle("raymoe")
+    whole: Result = handle.generate.remote(CHAT, **GREEDY).result(timeout_s=WAIT_S)
+    chunks = list(handle.options(stream=True).stream.remote(CHAT, **GREEDY))
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert chunks[-1].usage == whole.usage
+    stats = server.stats()
+    for device in stats.devices.values():
+        assert device.slot_budget_bytes is not None
+        assert 0 < device.peak_slot_bytes <= device.slot_budget_bytes
+
+
+def test_a_handles_bad_request_raises_our_error(server: Server) -> None:
+    with pytest.raises(RequestError, match="no such option: max_token"):
+        server.handle.generate.remote(PROMPT, max_token=3).result(timeout_s=WAIT_S)
+
+
+# --- errors ---------------------------------------------------------------------------------------------
+
+BAD = [
+    ({"prompt": PROMPT, "model": "gpt-9"}, 404, "model_not_found", "model"),
+    ({"prompt": PROMPT, "n": 2}, 400, None, "n"),
+    ({"prompt": PROMPT, "temperature": 9}, 400, None, "temperature"),
+    ({"prompt": PROMPT, "max_tokens": 100_000}, 400, None, "max_tokens"),
+    ({"prompt": PROMPT, "max_tokens": "many"}, 400, None, "max_tokens"),
+    ({"prompt": [1, 99_999]}, 400, None, "prompt"),
+    ({"prompt": [1] * 2000}, 400, None, "prompt"),
+    ({"prompt": ["a", "b"]}, 400, None, "prompt"),
+    ({"prompt": "half \ud800"}, 400, None, "prompt"),
+    ({"prompt": []}, 400, None, "prompt"),
+    ({}, 400, None, "prompt"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("body", "status", "code", "param"), BAD)
+def test_bad_requests_are_answered_in_json(
+    server: Server, body: dict[str, Any], status: int, code: str | None, param: str, stream: bool
+) -> None:
+    answer = server.post(
+        "/v1/completions",
+        content=json.dumps({**body, "stream": stream}),
+        headers={"Content-Type": "application/json"},
+    )
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"], error["param"]) == (
+        status,
+        "invalid_request_error",
+        code,
+        param,
+    )
+
+
+def test_framework_errors_are_json_too(server: Server) -> None:
+    headers = {"Content-Type": "application/json"}
+    answers = [
+        (server.post("/v1/completions", content=b"{", headers=headers), 400),
+        (server.get("/v1/nothing"), 404),
+        (server.get("/v1/completions"), 405),
+        (server.post("/v1/completions", content=b" " * (9 << 20), headers=headers), 413),
+    ]
+    for answer, status in answers:
+        assert answer.status_code == status
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_openais_client_raises_its_own_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-9", prompt=PROMPT)
+    with pytest.raises(openai.BadRequestError, match="temperature is 9"):
+        client.completions.create(model="tiny-moe", prompt=PROMPT, temperature=9)
+
+
+def test_the_server_still_serves(client: openai.OpenAI) -> None:
+    assert client.completions.create(model="tiny-moe", prompt=PROMPT, max_tokens=2).usage is not None
+
+
+# --- clients that leave ---------------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_a_stream_ends_its_request(server: Server) -> None:
+    with long_stream(server) as lines:
+        next(lines)
+        assert server.running() == 1
+    until(lambda: server.running() == 0, "the end of the request", 10.0)
+    engine = server.stats().engine
+    assert engine is not None
+    assert engine.kv_bytes == 0
+
+
+def test_a_client_that_waits_for_a_whole_answer_and_leaves_ends_its_request(server: Server) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=1.0)
+    until(lambda: server.running() == 0, "the end of the request", 10.0)
+
+
+def test_a_handle_that_cancels_ends_its_request(server: Server) -> None:
+    prompt, options = LONG["prompt"], {name: value for name, value in LONG.items() if name != "prompt"}
+    stream = server.handle.options(stream=True).stream.remote(prompt, **options)
+    next(stream)
+    stream.cancel()
+    until(lambda: server.running() == 0, "the end of the request", 10.0)
+
+
+# --- two applications -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def second(server: Server) -> Iterator[Server]:
+    """Another application beside the first: one request at a time, none waiting."""
+    config = ClusterConfig.model_validate(
+        {
+            "devices": [{"name": "edge-0", "slot_memory": "4MiB"}],
+            "model": {"dtype": "float32", "name": "second-moe"},
+            "trunk": {"max_running": 1, "max_waiting": 0},
+        }
+    )
+    handle = serve.run(build_application(config), name="second", route_prefix="/second")
+    yield Server(url=f"{server.url}/second", handle=handle)
+    serve.delete("second")
+
+
+def test_two_applications_have_actors_of_their_own(server: Server, second: Server) -> None:
+    assert actor_names("second") == ["raymoe:second:placement", "raymoe:second:worker:edge-0"]
+    assert len(actor_names("raymoe")) == 3
+    assert server.get("/v1/models").json()["data"][0]["id"] == "tiny-moe"
+    assert second.get("/v1/models").json()["data"][0]["id"] == "second-moe"
+    answers = [one.post("/v1/completions", {"prompt": PROMPT, **GREEDY}) for one in (server, second)]
+    texts = {answer.json()["choices"][0]["text"] for answer in answers}
+    assert len(texts) == 1
+
+
+def test_a_full_server_sheds_with_json(second: Server) -> None:
+    with long_stream(second) as lines:
+        next(lines)
+        answer = second.post("/v1/completions", {"prompt": PROMPT})
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    until(lambda: second.running() == 0, "the end of the request", 10.0)
+
+
+def test_deleting_an_application_ends_its_actors_only(server: Server, second: Server) -> None:
+    serve.delete("second")
+    until(lambda: actor_names("second") == [], "the end of the second application's actors", 10.0)
+    assert len(actor_names("raymoe")) == 3
+    assert server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2}).status_code == 200
+
+
+# --- an engine that dies --------------------------------------------------------------------------------
+
+
+def engine_pid() -> int:
+    """Process id of the first application's engine replica."""
+    replicas = serve.status().applications["raymoe"].deployments["engine"]
+    assert replicas.status == "HEALTHY"
+    [actor] = [
+        actor
+        for actor in ray._private.state.actors().values()
+        if actor["State"] == "ALIVE" and actor["Name"].startswith("SERVE_REPLICA::raymoe#engine")
+    ]
+    return actor["Pid"]
+
+
+def test_an_engine_that_dies_is_told_replaced_and_leaves_the_workers_alone(server: Server) -> None:
+    pids = {name: device.pid for name, device in server.stats().devices.items()}
+    with long_stream(server) as lines:
+        next(lines)
+        os.kill(engine_pid(), signal.SIGKILL)
+        *_, error, done = [line for line in lines if line]
+    assert json.loads(error.removeprefix("data: "))["error"]["type"] == "unavailable"
+    assert done == "data: [DONE]"
+
+    seen: list[int] = []
+    healths: list[int] = []
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            healths.append(server.get("/health").status_code)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    while 200 not in seen:
+        answer = server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2})
+        assert answer.headers["content-type"] == "application/json", answer.text
+        seen.append(answer.status_code)
+    stop.set()
+    looking.join()
+    assert set(seen) <= {503, 200}
+    assert 503 in healths
+    assert {name: device.pid for name, device in server.stats().devices.items()} == pids
+
+
+# --- the end (last in the file) -------------------------------------------------------------------------
+
+
+def test_deleting_the_last_application_leaves_nothing(server: Server) -> None:
+    serve.delete("raymoe")
+    until(lambda: actor_names("raymoe") == [], "the end of the application's actors", 10.0)

@@ -1,0 +1,55 @@
+"""Workers behind real sockets without Ray: each in a thread of this process, on loopback, with CURVE."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from raymoe.actors.placement import spreads
+from raymoe.actors.session import message_limits
+from raymoe.checkpoint.opening import open_checkpoint
+from raymoe.config import ClusterConfig
+from raymoe.engine.dispatch import Dispatcher
+from raymoe.engine.service import ModelService
+from raymoe.experts.build import make_worker
+from raymoe.experts.worker import ExpertWorker
+from raymoe.placement.ownership import Capacity, assign, primary_owners
+from raymoe.transport.client import WorkerClient
+from raymoe.transport.server import WorkerServer
+from raymoe.transport.sockets import KeyPair
+from raymoe.types import DeviceName
+
+
+@contextmanager
+def service_over_sockets(
+    path: Path, devices: int, slot_memory: int | None, spread: int | None = None
+) -> Iterator[tuple[ModelService, list[ExpertWorker]]]:
+    """A float32 model whose ``devices`` workers are reached through ZeroMQ."""
+    config = ClusterConfig.model_validate(
+        {
+            "model": {"path": str(path), "dtype": "float32"},
+            "devices": [{"name": f"d{i}", "slot_memory": slot_memory} for i in range(devices)],
+        }
+    )
+    checkpoint = open_checkpoint(path, "float32")
+    sizes = checkpoint.sizes()
+    per_layer = spreads(config, sizes) if spread is None else [spread] * len(sizes)
+    capacities = [Capacity(device=DeviceName(device.name), host_bytes=1 << 33) for device in config.devices]
+    ownership = assign(sizes, capacities, 1, per_layer)
+    keys, limits = KeyPair.create(), message_limits(checkpoint)
+    with ExitStack() as stack:
+        workers, endpoints = [], {}
+        for device in config.devices:
+            worker = make_worker(checkpoint, device)
+            worker.own(ownership[DeviceName(device.name)])
+            stack.callback(worker.close)
+            server = WorkerServer(worker, "127.0.0.1", limits, {keys.public})
+            stack.callback(server.close)
+            workers.append(worker)
+            endpoints[DeviceName(device.name)] = server.endpoint
+        client = WorkerClient(endpoints, keys, limits)
+        stack.callback(client.close)
+        owners = primary_owners(sizes, ownership, per_layer)
+        dispatcher = Dispatcher(sizes, owners, local={}, remote=client, timeout_s=60.0)
+        service = ModelService(checkpoint, config, dispatcher)
+        stack.callback(service.close)
+        yield service, workers
