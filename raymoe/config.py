@@ -66,14 +66,14 @@ class LinkConfig(StrictModel):
     device says ``emulated``.
     """
 
-    bytes_per_s: Bytes
-    latency_s: float = Field(0.0, ge=0, le=10)
+    bytes_per_s: Bytes = Field(description="Bytes per second, for example \"200MB\".")
+    latency_s: float = Field(0.0, ge=0, le=10, description="Seconds added to every transfer.")
 
 
 class DeviceConfig(StrictModel):
     """One edge device: where it computes, and how much memory its shard and its slots may take."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", description="Unique in the cluster.")
     kind: str = Field("cpu", pattern=r"^(cpu|cuda:\d+)$", description='"cpu" or "cuda:N".')
     slot_memory: Bytes | None = Field(
         None, description="Strict budget for device slots. Omitted on cpu: compute straight from host memory."
@@ -102,7 +102,7 @@ class DeviceConfig(StrictModel):
 class TrunkConfig(StrictModel):
     """Where everything but the routed experts lives."""
 
-    device: str = Field("cpu", pattern=r"^(cpu|cuda:\d+)$")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda:\d+)$", description='"cpu" or "cuda:N" of the engine\'s node.')
     kv_memory: Bytes | None = Field(None, description="Most memory for KV caches of running requests.")
     threads: int | None = Field(None, ge=1, description="CPU threads of the trunk; omitted: one per core.")
     max_running: int = Field(8, ge=1, le=1024, description="Requests that decode at the same time.")
@@ -113,7 +113,9 @@ class TrunkConfig(StrictModel):
 class SchedulingConfig(StrictModel):
     """How experts are brought into slots."""
 
-    policy: Literal["on_demand", "all_resident"] = "on_demand"
+    policy: Literal["on_demand", "all_resident"] = Field(
+        "on_demand", description="on_demand: load on a miss, evict the least recently used; all_resident: load once."
+    )
     call_timeout_s: float = Field(60.0, gt=0, description="Longest wait for one expert call.")
 
 

@@ -101,8 +101,13 @@ def open_files(path: Path) -> dict[str, SafetensorsFile]:
     """Every tensor's file, with headers read. Raises CheckpointError for missing shards and pickle checkpoints."""
     if (path / INDEX_FILE).exists():
         try:
-            weight_map: dict[str, str] = json.loads((path / INDEX_FILE).read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            weight_map: dict[str, str] = dict(json.loads((path / INDEX_FILE).read_text())["weight_map"])
+            outside = [name for name in weight_map.values() if Path(name).name != name]
+            if not weight_map:
+                raise ValueError("its weight_map is empty")
+            if outside:
+                raise ValueError(f"{outside[0]} is not the name of a file beside it")
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path / INDEX_FILE} is not a valid index: {error}") from error
         names = sorted(set(weight_map.values()))
     else:
@@ -247,13 +252,19 @@ def check_parameter(
                 f"{path} has {len(names)} of {num_experts} tensors for {parameter.full_name} "
                 f'(pattern "{pattern}"); some experts are missing: download it again'
             )
+        if not parameter.is_fused and not _numbered_from_zero(names):
+            raise CheckpointError(
+                f"{path}: the {len(names)} tensors from {names[0]} to {names[-1]} are not numbered from 0 to "
+                f"{num_experts - 1}; some experts are missing: download it again"
+            )
     first = {pattern: files[names[0]].tensors[names[0]] for pattern, names in parameter.sources.items()}
     for pattern, names in parameter.sources.items():
         for name in names:
             info = files[name].tensors[name]
             if info.shape != first[pattern].shape:
                 raise CheckpointError(
-                    f"{files[name].path}: {name} has shape {list(info.shape)}, its siblings {list(first[pattern].shape)}"
+                    f"{files[name].path}: {name} has shape {list(info.shape)}, "
+                    f"its siblings {list(first[pattern].shape)}"
                 )
             dtypes = {item.dtype for item in first.values()}
             if (
@@ -263,8 +274,8 @@ def check_parameter(
                 or info.dtype.itemsize < 2
             ):
                 raise CheckpointError(
-                    f"{files[name].path}: {name} is stored as {_name(info.dtype)}; expected float32, bfloat16 or float16, "
-                    f"the same for all of {parameter.full_name}: convert the checkpoint to one floating dtype"
+                    f"{files[name].path}: {name} is stored as {_name(info.dtype)}; "
+                    f"expected float32, bfloat16 or float16, the same for all of {parameter.full_name}: convert the checkpoint to one floating dtype"
                 )
     shape = converted_shape(parameter, files, num_experts)
     if shape != parameter.shape:
@@ -275,6 +286,12 @@ def check_parameter(
         )
 
 
+def _numbered_from_zero(names: tuple[str, ...]) -> bool:
+    """Whether names that differ in the expert's number are those of experts 0, 1, 2, … in order."""
+    columns = zip(*(re.findall(r"\d+", name) for name in names), strict=True)
+    return any(column == tuple(map(str, range(len(names)))) for column in columns)
+
+
 def converted_shape(parameter: ParameterLayout, files: dict[str, SafetensorsFile], num_experts: int) -> tuple[int, ...]:
     """Shape of one expert's slice, found by converting tensors without memory."""
 
@@ -282,7 +299,8 @@ def converted_shape(parameter: ParameterLayout, files: dict[str, SafetensorsFile
         shape = files[name].tensors[name].shape
         if row is not None and (not shape or shape[0] != num_experts):
             raise CheckpointError(
-                f"{files[name].path}: {name} has shape {list(shape)}; expected {num_experts} experts in the first dimension"
+                f"{files[name].path}: {name} has shape {list(shape)}; "
+                f"expected {num_experts} experts in the first dimension"
             )
         return torch.empty(shape if row is None else (1, *shape[1:]), device="meta")
 

@@ -7,6 +7,7 @@ the library still writes our files.
 """
 
 import json
+import math
 import mmap
 import os
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class SafetensorsFile:
         try:
             self.tensors = parse_header(path, self._fd)
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
 
     def close(self) -> None:
@@ -140,9 +141,8 @@ def _entry(item: dict, data_start: int) -> TensorInfo:
     info = TensorInfo(
         dtype=DTYPES[item["dtype"]], shape=tuple(item["shape"]), start=data_start + begin, nbytes=end - begin
     )
-    count = 1
-    for extent in info.shape:
-        count *= extent
-    if begin < 0 or count * info.dtype.itemsize != info.nbytes:
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *info.shape)):
+        raise ValueError(f"shape {list(info.shape)} or offsets {[begin, end]} are no natural numbers")
+    if math.prod(info.shape) * info.dtype.itemsize != info.nbytes:
         raise ValueError(f"shape {list(info.shape)} and {info.nbytes:,} bytes do not agree")
     return info

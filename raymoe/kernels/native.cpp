@@ -161,11 +161,33 @@ void experts(const void* const* gate_up, const void* const* down, const int32_t*
   }
 }
 
+// Root mean square norm of each row. `early` rounds the normalised value before the weight is applied, as modules
+// do that cast back first; the others multiply in float32 and round once.
+template <class T>
+void rms_norm(const typename T::Storage* x, const float* weight, typename T::Storage* out, int64_t rows,
+              int64_t columns, float epsilon, int early) {
+  for (int64_t row = 0; row < rows; row++, x += columns, out += columns) {
+    Floats squares = {};
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) {
+      Floats v = T::load(x + i);
+      squares += v * v;
+    }
+    float total = sum(squares);
+    for (; i < columns; i++) total += T::get(x + i) * T::get(x + i);
+    const float scale = 1.0f / std::sqrt(total / float(columns) + epsilon);
+    for (i = 0; i < columns; i++) {
+      const float v = T::get(x + i) * scale;
+      out[i] = T::put((early ? rounded<T>(v) : v) * weight[i]);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
-int raymoe_abi() { return 1; }
+int raymoe_abi() { return 2; }
 
 void raymoe_linear_f32(const float* w, const float* bias, const float* x, float* out, int64_t rows, int64_t columns,
                        float* scratch, int threads) {
@@ -178,14 +200,24 @@ void raymoe_linear_bf16(const uint16_t* w, const uint16_t* bias, const uint16_t*
 }
 
 void raymoe_experts_f32(const void* const* gate_up, const void* const* down, const int32_t* index, const float* x,
-                        const int32_t* rows, float* out, int64_t pairs, int64_t n_rows, int64_t hidden, int64_t inner, float* scratch,
-                        int threads) {
+                        const int32_t* rows, float* out, int64_t pairs, int64_t n_rows, int64_t hidden, int64_t inner,
+                        float* scratch, int threads) {
   experts<F32>(gate_up, down, index, x, rows, out, pairs, n_rows, hidden, inner, scratch, threads);
 }
 
 void raymoe_experts_bf16(const void* const* gate_up, const void* const* down, const int32_t* index, const uint16_t* x,
-                        const int32_t* rows, uint16_t* out, int64_t pairs, int64_t n_rows, int64_t hidden, int64_t inner, float* scratch,
-                         int threads) {
+                         const int32_t* rows, uint16_t* out, int64_t pairs, int64_t n_rows, int64_t hidden,
+                         int64_t inner, float* scratch, int threads) {
   experts<BF16>(gate_up, down, index, x, rows, out, pairs, n_rows, hidden, inner, scratch, threads);
+}
+
+void raymoe_rms_norm_f32(const float* x, const float* weight, float* out, int64_t rows, int64_t columns, float epsilon,
+                         int early) {
+  rms_norm<F32>(x, weight, out, rows, columns, epsilon, early);
+}
+
+void raymoe_rms_norm_bf16(const uint16_t* x, const float* weight, uint16_t* out, int64_t rows, int64_t columns,
+                          float epsilon, int early) {
+  rms_norm<BF16>(x, weight, out, rows, columns, epsilon, early);
 }
 }

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAG_SETS = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-fopenmp"], [])
 COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast"]
-ABI = 1
+ABI = 2
+THREADED_BYTES = 1 << 18  # below this many bytes of weights, waking threads costs more than they save
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -42,6 +43,7 @@ class NativeKernels:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._linear = {}
         self._experts = {}
+        self._rms_norm = {}
         for dtype, suffix in SUFFIX.items():
             linear = getattr(library, f"raymoe_linear_{suffix}")
             linear.argtypes = [pointer] * 4 + [number] * 2 + [pointer, ctypes.c_int]
@@ -49,7 +51,10 @@ class NativeKernels:
             experts = getattr(library, f"raymoe_experts_{suffix}")
             experts.argtypes = [pointer] * 6 + [number] * 4 + [pointer, ctypes.c_int]
             experts.restype = None
-            self._linear[dtype], self._experts[dtype] = linear, experts
+            rms_norm = getattr(library, f"raymoe_rms_norm_{suffix}")
+            rms_norm.argtypes = [pointer] * 3 + [number] * 2 + [ctypes.c_float, ctypes.c_int]
+            rms_norm.restype = None
+            self._linear[dtype], self._experts[dtype], self._rms_norm[dtype] = linear, experts, rms_norm
         self._scratch = torch.empty(0)
         self._scratch_pointer = 0
 
@@ -69,7 +74,18 @@ class NativeKernels:
             rows,
             columns,
             self._room(columns),
-            self.threads,
+            self.threads if weight.nbytes >= THREADED_BYTES else 1,
+        )
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, early: bool, out: torch.Tensor) -> None:
+        """Root mean square norm over the last dimension of ``x``; ``weight`` is float32.
+
+        Args:
+            early: round the normalised value to x's type before the weight is applied.
+        """
+        columns = weight.shape[0]
+        self._rms_norm[x.dtype](
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // columns, columns, epsilon, early
         )
 
     def experts(

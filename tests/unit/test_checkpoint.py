@@ -110,7 +110,7 @@ def test_experts_equal_those_of_the_model_that_transformers_loads(model_type: st
 
 
 @pytest.mark.parametrize("model_type", sorted(TOYS))
-def test_trunk_and_experts_together_are_the_whole_model(model_type: str, toys: Callable[[str], Path]) -> None:
+def test_trunk_and_experts_together_are_the_whole_text_model(model_type: str, toys: Callable[[str], Path]) -> None:
     checkpoint = open_checkpoint(toys(model_type), "float32")
     stored = {name for file in toys(model_type).glob("*.safetensors") for name in load_file(file)}
     routed = {
@@ -120,8 +120,10 @@ def test_trunk_and_experts_together_are_the_whole_model(model_type: str, toys: C
         for names in parameter.sources.values()
         for name in names
     }
+    left_out = stored - routed - set(checkpoint.trunk_tensors)
     assert routed.isdisjoint(checkpoint.trunk_tensors)
-    assert routed | set(checkpoint.trunk_tensors) == stored
+    assert routed | set(checkpoint.trunk_tensors) <= stored
+    assert all("visual" in name or "vision" in name or "audio" in name for name in left_out)
 
 
 def test_the_embedded_model_is_described() -> None:
@@ -438,15 +440,15 @@ def test_a_missing_expert_tensor(editable: Path) -> None:
         open_checkpoint(editable)
 
 
-def test_the_same_expert_twice_and_another_missing(editable: Path) -> None:
-    """As many tensors as experts, but not the right ones: an off-by-one in a hand-made conversion."""
+def test_experts_with_wrong_numbers(editable: Path) -> None:
+    """As many tensors as experts, but not the right ones, as after a conversion that counts from 1."""
     name = expert_tensor(editable)
 
     def renumber(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name.replace("experts.3.", "experts.8.")] = tensors.pop(name)
 
     edit_tensors(editable, renumber)
-    with pytest.raises(CheckpointError, match=r"expert 3|some experts are missing"):
+    with pytest.raises(CheckpointError, match=r"not numbered from 0 to 7; some experts are missing"):
         open_checkpoint(editable)
 
 

@@ -1,0 +1,55 @@
+# Two commands do everything on a machine that has only Python (3.11 to 3.13) and make:
+#   make run    install, start, answer one chat request, keep serving
+#   make test   install, run every test that needs no GPU
+#
+# Without a GPU, let pip take PyTorch's CPU wheels: put their index (see pytorch.org, "CPU") into PIP_EXTRA,
+#   make run PIP_EXTRA="--extra-index-url URL"
+
+PYTHON ?= python3
+PIP_EXTRA ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA)
+PORT ?= 8000
+PROMPT ?= Elizabeth looked at Mr. Darcy and
+
+.PHONY: run test check bench lint types imports unit clean
+
+# torch first and alone: with a CPU build installed, nothing later asks for the CUDA one
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	$(PIP) torch==2.13.0
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) -e ".[dev,bench]"
+	touch $@
+
+run: $(VENV)/.base
+	$(BIN)/raymoe serve deployments/local.yaml --port $(PORT) --chat "$(PROMPT)"
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: lint types imports unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.decode --quick --json out/decode.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

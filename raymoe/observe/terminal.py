@@ -1,0 +1,114 @@
+"""Progress and tables on a terminal."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from raymoe.observe.stats import ClusterStats
+
+
+class Progress:
+    """Long work: a spinner or bar on a terminal, one line per stage in a log. Both go to standard error."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars: Bars | None = None
+        self._stage = ""
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop()
+
+    def stage(self, stage: str) -> None:
+        """A new stage whose length is unknown."""
+        self.advance(stage, 0, 0)
+
+    def advance(self, stage: str, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes; the first call with another stage begins it."""
+        if self._console.is_terminal:
+            if self._bars is None:
+                self._bars = self._start_bars()
+            size = f"{format_bytes(done)} of {format_bytes(total)}" if total else ""
+            self._bars.update(self._task, description=stage, completed=done, total=total or None, size=size)
+        elif stage != self._stage:
+            print(stage, file=sys.stderr, flush=True)
+        self._stage = stage
+
+    def stop(self) -> None:
+        """Take the bar off the terminal; a later stage brings it back."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def _start_bars(self) -> Bars:
+        text = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[size]}")
+        bars = Bars(SpinnerColumn(), *text, TimeElapsedColumn(), console=self._console, transient=True)
+        self._task = bars.add_task("", total=None, size="")
+        bars.start()
+        return bars
+
+
+def format_bytes(count: int | float) -> str:
+    """Bytes with a unit for people, such as "4.2 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"
+
+
+def show_checkpoint(facts: dict[str, Any]) -> None:
+    """Tables of ``describe_checkpoint``."""
+    console = Console()
+    console.print(facts["path"], style="bold", markup=False, soft_wrap=True)
+    summary = Table(show_header=False, box=None)
+    summary.add_column(style="dim")
+    summary.add_column()
+    rows = {
+        "Architecture": f"{facts['model_type']} ({facts['architecture']}), {facts['dtype']}",
+        "MoE layers": str(facts["moe_layers"]),
+        "Experts": f"{facts['experts_per_layer']} per layer, top-{facts['top_k']}, {facts['experts']:,} in all",
+        "One expert": format_bytes(facts["expert_bytes"]),
+        "Routed experts": format_bytes(facts["routed_bytes"]),
+        "Trunk": format_bytes(facts["trunk_bytes"]),
+    }
+    for label, value in rows.items():
+        summary.add_row(label, value)
+    console.print(summary)
+    table = Table(title="What slot_memory holds", title_justify="left")
+    for column, justify in (("Holds", "left"), ("slot_memory", "right"), ("Bytes", "right"), ("Experts", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for budget in facts["budgets"]:
+        size, experts = budget["bytes"], budget["experts"]
+        table.add_row(budget["holds"], format_bytes(size), f"{size:,}", f"{experts:,} of {facts['experts']:,}")
+    console.print(table)
+
+
+def show_status(stats: ClusterStats) -> None:
+    """A table of devices."""
+    table = Table(
+        title=f"{stats.app}: policy {stats.policy}, {stats.replication} owner(s) per expert", title_justify="left"
+    )
+    for column in ("Device", "Kind", "State", "Experts", "Resident", "Slots", "Hit rate", "Loaded", "PID"):
+        table.add_column(column, justify="left" if column in ("Device", "Kind", "State") else "right")
+    for device in stats.devices.values():
+        kind = f"{device.kind} (emulated link)" if device.emulated_link else device.kind
+        slots = format_bytes(device.slot_budget_bytes) if device.slot_budget_bytes is not None else "host memory"
+        table.add_row(
+            device.name,
+            kind,
+            device.state,
+            f"{device.owned:,}",
+            f"{device.resident:,}",
+            slots,
+            f"{device.hit_rate:.1%}",
+            format_bytes(device.bytes_loaded),
+            str(device.pid),
+        )
+    Console().print(table)

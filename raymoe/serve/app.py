@@ -1,0 +1,51 @@
+"""Wires plain classes into a Serve application: an ingress before one engine."""
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from raymoe.config import ClusterConfig
+from raymoe.serve.engine_deployment import EngineServer
+from raymoe.serve.ingress import Ingress
+
+SHED_ROOM = 256  # requests under way beside those the engine takes, so that it can refuse them itself, in JSON
+CPU_SHARE = 0.1  # of what Ray counts, so that a machine of two cores holds several applications
+GRACE_S = 10.0  # for running answers when the application is deleted
+HEALTH_PERIOD_S = 5.0
+HEALTH_TIMEOUT_S = 30.0  # a long prefill on few cores keeps the interpreter busy
+
+
+def build_application(config: ClusterConfig) -> Application:
+    """The Serve application of a cluster. Starts nothing, and touches no Ray.
+
+    Its actors carry the name under which Serve runs it, so that several can run side by side.
+    """
+    engine = serve.deployment(name="engine", **engine_options(config))(EngineServer)
+    ingress = serve.deployment(name="ingress", **ingress_options(config))(serve.ingress()(Ingress))
+    return ingress.bind(config, engine.bind(config))
+
+
+def engine_options(config: ClusterConfig) -> dict[str, Any]:
+    """Serve's options of the engine."""
+    actor: dict[str, Any] = {"num_cpus": CPU_SHARE}
+    local = [device.kind for device in config.devices if device.transport == "local"]
+    if any(kind != "cpu" for kind in [config.trunk.device, *local]):
+        # Ray would hide all GPUs from an actor that asks it for none
+        actor["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
+    return {**_common(config), "num_replicas": 1, "ray_actor_options": actor}
+
+
+def ingress_options(config: ClusterConfig) -> dict[str, Any]:
+    """Serve's options of the ingress."""
+    return {**_common(config), "ray_actor_options": {"num_cpus": 0}}
+
+
+def _common(config: ClusterConfig) -> dict[str, Any]:
+    return {
+        "max_ongoing_requests": config.trunk.max_running + config.trunk.max_waiting + SHED_ROOM,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": GRACE_S,
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
+    }

@@ -1,0 +1,134 @@
+"""The engine behind a Serve handle: trunk, KV cache and sampling in one replica, experts on their workers."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from raymoe.config import ClusterConfig
+from raymoe.engine.request import Chunk, SamplingParams
+from raymoe.errors import EngineStoppedError
+from raymoe.serve.batch import Batch
+from raymoe.serve.errors import RequestTimeoutError
+from raymoe.serve.inbox import Inbox
+
+if TYPE_CHECKING:
+    from raymoe.actors.session import Session
+    from raymoe.engine.service import Prompt
+    from raymoe.observe.stats import ClusterStats
+
+log = logging.getLogger(__name__)
+
+
+class EngineServer:
+    """Answers prompts as streams of batches.
+
+    The constructor blocks until the model is ready and raises RaymoeError where it can't be; Serve tries again a
+    few times and then gives the deployment up.
+    """
+
+    def __init__(self, config: ClusterConfig) -> None:
+        from raymoe.actors.session import Session  # torch is needed in the replica, not where the app is wired
+
+        app = serve.get_replica_context().app_name
+        self._start(Session(config, app, lambda stage: log.info("%s: %s", app, stage)), config)
+
+    def _start(self, session: "Session", config: ClusterConfig) -> None:
+        self._session: Session | None = session
+        self._service = session.service
+        self._timeout_s = config.serving.request_timeout_s
+        self._token_texts: dict[int, str] = {}
+
+    async def stream(self, prompt: "Prompt", params: SamplingParams | Mapping[str, Any]) -> AsyncGenerator[Batch]:
+        """An answer, in batches of chunks that were ready together; the first one is empty and says "accepted".
+
+        Closing the generator cancels the request. Raises RequestError, OverloadedError or EngineStoppedError,
+        and RequestTimeoutError where it takes longer than serving.request_timeout_s.
+
+        Args:
+            params: how to sample; a mapping has the fields of SamplingParams and ``ModelService``'s defaults.
+        """
+        params = _sampling(params)
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        inbox = Inbox()
+        request = await self._submit(prompt, params, inbox)
+        finished = False
+        try:
+            yield Batch()
+            while not finished:
+                items = await inbox.take(deadline)
+                chunks = tuple(item for item in items if isinstance(item, Chunk))
+                errors = [item for item in items if isinstance(item, BaseException)]
+                finished = bool(errors) or chunks[-1].finish_reason is not None
+                if chunks:
+                    yield Batch(chunks=chunks, token_texts=self._texts(chunks))
+                if errors:
+                    raise errors[0]
+        except TimeoutError as error:
+            raise RequestTimeoutError(f"the request took longer than {self._timeout_s:g} s and was ended") from error
+        finally:
+            if not finished:
+                self._service.cancel(request)
+
+    async def _submit(self, prompt: "Prompt", params: SamplingParams, inbox: Inbox) -> Any:
+        """Queue the request off the event loop, for encoding a long prompt takes a while."""
+        submitted = asyncio.ensure_future(asyncio.to_thread(self._service.submit, prompt, params, inbox.put))
+        try:
+            return await asyncio.shield(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(self._cancel_submitted)
+            raise
+
+    def _cancel_submitted(self, submitted: "asyncio.Future[Any]") -> None:
+        if not submitted.cancelled() and submitted.exception() is None:
+            self._service.cancel(submitted.result())
+
+    def _texts(self, chunks: tuple[Chunk, ...]) -> dict[int, str]:
+        """Texts of the tokens whose log probabilities are told."""
+        ids = {token for chunk in chunks for item in chunk.logprobs for token in (item.token_id, *dict(item.top))}
+        return {token: self._text(token) for token in ids}
+
+    def _text(self, token: int) -> str:
+        if token not in self._token_texts:
+            tokenizer = self._service.tokenizer
+            self._token_texts[token] = "" if tokenizer is None else str(tokenizer.decode([token]))
+        return self._token_texts[token]
+
+    async def card(self) -> dict[str, Any]:
+        """The served model: ModelCard's fields. Raises EngineStoppedError where generation no longer works.
+
+        A plain dict, for the record's own module would bring torch into the ingress.
+        """
+        self.check_health()
+        return asdict(self._service.card)
+
+    async def stats(self) -> "ClusterStats":
+        """Devices and engine."""
+        assert self._session is not None
+        return await asyncio.to_thread(self._session.stats)
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica whose check raises."""
+        if self._service.failure is not None:
+            raise EngineStoppedError(f"the engine has failed: {self._service.failure}")
+
+    def close(self) -> None:
+        """End the engine and let go of the workers. A second call does nothing."""
+        session, self._session = getattr(self, "_session", None), None
+        if session is not None:
+            session.close()
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica shuts down."""
+        self.close()
+
+
+def _sampling(params: SamplingParams | Mapping[str, Any]) -> SamplingParams:
+    if isinstance(params, SamplingParams):
+        return params
+    from raymoe.engine.service import sampling_params
+
+    return sampling_params(params)

@@ -1,0 +1,86 @@
+"""The application's front door: HTTP routes, and the methods that Python handles call."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from raymoe.actors.lease import Lease
+from raymoe.config import ClusterConfig
+from raymoe.engine.request import Chunk, Result, collect
+from raymoe.errors import RaymoeError
+from raymoe.serve.api import Api, create_app
+from raymoe.serve.client import EngineClient
+
+if TYPE_CHECKING:
+    from raymoe.engine.service import Prompt
+    from raymoe.observe.stats import ClusterStats
+
+log = logging.getLogger(__name__)
+
+FIRST_LOOK_S = 1.0  # between looks whether the engine has started
+
+
+class Ingress:
+    """Stateless but for its lease: it keeps the workers alive, so that they outlive a crash of the engine.
+
+    ``serve.get_app_handle(NAME)`` is a handle to this class: ``generate``, ``stream`` (with
+    ``.options(stream=True)``) and ``stats`` answer there as ``raymoe.launch``'s do.
+    """
+
+    def __init__(self, config: ClusterConfig, engine: DeploymentHandle) -> None:
+        self._config = config
+        self._client = EngineClient(engine, config.serving.request_timeout_s)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once the replica is constructed."""
+        context = serve.get_replica_context()
+        holder = f"ingress-{context.replica_id.unique_id}"
+        lifespan = holding(self._client, lambda: Lease(context.app_name, holder))
+        return create_app(Api(self._client, self._config.model.served_name), lifespan)
+
+    async def generate(self, prompt: "Prompt", **options: Any) -> Result:
+        """A whole answer. ``options`` are the fields of SamplingParams; max_tokens defaults to 128."""
+        return collect([chunk async for chunk in self.stream(prompt, **options)])
+
+    async def stream(self, prompt: "Prompt", **options: Any) -> AsyncGenerator[Chunk]:
+        """The answer in chunks as it is made. Closing the stream cancels the request."""
+        async with contextlib.aclosing(self._client.stream(prompt, options)) as batches:
+            async for batch in batches:
+                for chunk in batch.chunks:
+                    yield chunk
+
+    async def stats(self) -> "ClusterStats":
+        """Devices and engine."""
+        return await self._client.stats()
+
+
+@contextlib.asynccontextmanager
+async def holding(client: EngineClient, take: Callable[[], Lease]) -> AsyncIterator[None]:
+    """Hold a lease from the engine's first sign of life until the replica ends.
+
+    Not earlier: what a start that failed has left must end.
+    """
+    leases: list[Lease] = []
+
+    async def wait_and_take() -> None:
+        while not leases:
+            try:
+                await client.card()
+                leases.append(take())
+            except RaymoeError as error:
+                log.info("waiting for the engine: %s", error)
+                await asyncio.sleep(FIRST_LOOK_S)
+
+    waiting = asyncio.create_task(wait_and_take())
+    try:
+        yield
+    finally:
+        waiting.cancel()
+        for lease in leases:
+            await asyncio.to_thread(lease.close)
