@@ -6,7 +6,6 @@ between the first and the last token.
     python -m benchmarks.decode [--quick] [--json PATH]
 """
 
-import gc
 import os
 import shutil
 import subprocess
@@ -199,8 +198,6 @@ def synthetic(tokens: int, rounds: int) -> list[Figure]:
             },
             rounds,
         )
-        del model
-    gc.collect()
     needed = active_bytes(checkpoint)
     best_rate = max(times["bandwidth"])
     fractions = [needed / best_rate / value for value in times["local"]]
@@ -231,14 +228,14 @@ def engine_memory() -> list[Figure]:
         "import sys, psutil, raymoe\n"
         "config = {'model': {'path': sys.argv[1]}, 'devices': [{'name': 'a'}, {'name': 'b'}], 'replication': 1}\n"
         "with raymoe.launch(config) as moe:\n"
-        "    before = None\n"
         "    moe.generate(list(range(16)), max_tokens=8, ignore_eos=True)\n"
         "    print(psutil.Process().memory_info().rss - psutil.Process().memory_info().shared)\n"
     )
     output = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
     resident = int(output.stdout.split()[-1])
     share = (resident - checkpoint.trunk_bytes) / checkpoint.routed_bytes
-    note = f"{resident / 1e6:.0f} MB private, of it {checkpoint.trunk_bytes / 1e6:.0f} trunk; experts: {checkpoint.routed_bytes / 1e6:.0f} MB"
+    trunk, routed = checkpoint.trunk_bytes / 1e6, checkpoint.routed_bytes / 1e6
+    note = f"{resident / 1e6:.0f} MB private, {trunk:.0f} of it trunk; experts are {routed:.0f} MB"
     return [figure("engine_memory_over_experts", [share], "", note)]
 
 

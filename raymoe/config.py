@@ -66,7 +66,7 @@ class LinkConfig(StrictModel):
     device says ``emulated``.
     """
 
-    bytes_per_s: Bytes = Field(description="Bytes per second, for example \"200MB\".")
+    bytes_per_s: Bytes = Field(description='Bytes per second, for example "200MB".')
     latency_s: float = Field(0.0, ge=0, le=10, description="Seconds added to every transfer.")
 
 

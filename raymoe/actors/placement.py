@@ -4,6 +4,7 @@ Ray calls carry lifecycle and configuration; what happens per step arrives on a 
 knows can be gathered from the workers again, so a restart loses nothing.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -152,7 +153,7 @@ class PlacementShell:
 
     def stats(self) -> ClusterStats:
         """Every worker's report; one that does not answer is "down"."""
-        asked = {name: handle.report.remote() for name, handle in self._workers.items()}
+        asked: dict[DeviceName, Any] = {name: handle.report.remote() for name, handle in self._workers.items()}
         kinds = {DeviceName(device.name): device for device in self._config.devices}
         devices = {}
         for name, reference in asked.items():
@@ -191,7 +192,7 @@ class PlacementShell:
         if device.kind != "cpu":  # Ray would hide all GPUs from an actor that asks it for none
             options["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
         model = self._config.model.model_dump(mode="json")
-        remote_class = ray.remote(WorkerShell)
+        remote_class: Any = ray.remote(WorkerShell)
         return remote_class.options(**options).remote(model, device.model_dump(mode="json"), self._limits)
 
     def _describe(self, name: DeviceName, handle: ActorHandle) -> WorkerInfo:
@@ -225,7 +226,7 @@ class PlacementShell:
 
     def _load(self) -> None:
         everything = self._config.scheduling.policy == "all_resident"
-        loads = []
+        loads: list[Any] = []
         for name, handle in self._workers.items():
             here = set(self._infos[name].owned)
             missing: tuple[ExpertKey, ...] = tuple(key for key in self._state.ownership[name] if key not in here)
@@ -235,10 +236,8 @@ class PlacementShell:
 
     def _kill_workers(self) -> None:
         for device in self._config.devices:
-            try:
+            with contextlib.suppress(ValueError):
                 ray.kill(ray.get_actor(worker_name(self._app, device.name), NAMESPACE), no_restart=True)
-            except ValueError:
-                pass
         self._workers, self._infos, self._endpoints = {}, {}, {}
 
     def _watch(self) -> None:
@@ -250,7 +249,7 @@ class PlacementShell:
 
 def spreads(config: ClusterConfig, sizes: tuple[LayerSize, ...]) -> list[int]:
     """Over how many workers each layer is spread, given the slowest link that is known."""
-    rate = min([device.link.bytes_per_s for device in config.devices if device.link] or [BYTES_PER_S])
+    rate = min((float(device.link.bytes_per_s) for device in config.devices if device.link), default=BYTES_PER_S)
     return [layer_spread(size, len(config.devices), rate) for size in sizes]
 
 

@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import ray
@@ -108,7 +109,7 @@ class Session:
     ) -> ClusterView:
         self._placement = find_or_create_placement(self.config, self.app, self.checkpoint, limits)
         self._lease = Lease(self.app, f"engine-{uuid.uuid4().hex}")
-        reference = self._placement.start.remote(memory, keys.public)
+        reference: Any = self._placement.start.remote(memory, keys.public)
         while not ray.wait([reference], timeout=PROGRESS_S)[0]:
             try:
                 done, wanted = ray.get(self._placement.progress.remote(), timeout=STATS_TIMEOUT_S)
@@ -131,7 +132,8 @@ class Session:
         """Devices, local and remote, and the engine."""
         devices: dict[str, DeviceStats] = {}
         if self._placement is not None:
-            devices |= ray.get(self._placement.stats.remote(), timeout=STATS_TIMEOUT_S).devices
+            workers: Any = ray.get(self._placement.stats.remote(), timeout=STATS_TIMEOUT_S)
+            devices |= workers.devices
         for device in self.config.devices:
             worker = self._local.get(DeviceName(device.name))
             if worker is not None:
@@ -185,7 +187,7 @@ def find_or_create_placement(config: ClusterConfig, app: str, checkpoint: Checkp
         wait_until_gone(name)
     except (ValueError, RayError):
         pass  # none there, or one that is on its way out
-    remote_class = ray.remote(PlacementShell)
+    remote_class: Any = ray.remote(PlacementShell)
     return remote_class.options(
         name=name,
         namespace=NAMESPACE,
@@ -217,7 +219,8 @@ def cluster_status(app: str) -> ClusterStats:
     """
     try:
         placement = ray.get_actor(placement_name(app), NAMESPACE)
-        return ray.get(placement.stats.remote(), timeout=STATS_TIMEOUT_S)
+        stats: Any = ray.get(placement.stats.remote(), timeout=STATS_TIMEOUT_S)
+        return stats
     except ValueError as error:
         raise StartError(f'no application "{app}" with remote workers runs on this Ray cluster') from error
     except RayError as error:

@@ -7,6 +7,7 @@ language model built on it is supported; nothing here names an architecture.
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import transformers
 from torch import nn
@@ -32,6 +33,9 @@ def is_experts_module(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("num_experts", "has_gate", "has_bias", "is_transposed"))
 
 
-def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The routed-experts modules of ``model`` in the order of its layers: (module path, module)."""
+def experts_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """The routed-experts modules of ``model`` in the order of its layers: (module path, module).
+
+    Their interface is a set of attributes that no type describes.
+    """
     return [(path, module) for path, module in model.named_modules() if is_experts_module(module)]

@@ -275,7 +275,8 @@ def check_parameter(
             ):
                 raise CheckpointError(
                     f"{files[name].path}: {name} is stored as {_name(info.dtype)}; "
-                    f"expected float32, bfloat16 or float16, the same for all of {parameter.full_name}: convert the checkpoint to one floating dtype"
+                    f"expected float32, bfloat16 or float16, the same for all of {parameter.full_name}: "
+                    "convert the checkpoint to one floating dtype"
                 )
     shape = converted_shape(parameter, files, num_experts)
     if shape != parameter.shape:

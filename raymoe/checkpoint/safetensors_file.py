@@ -78,7 +78,7 @@ class SafetensorsFile:
         """Read one tensor, or its ``row`` along the first dimension (kept, as size 1), into fresh memory."""
         shape, start, nbytes = self._range(name, row)
         buffer = torch.empty(nbytes, dtype=torch.uint8)
-        target = memoryview(buffer.numpy())
+        target = buffer.numpy().data
         done = 0
         while done < nbytes:
             got = os.preadv(self._fd, [target[done:]], start + done)

@@ -241,11 +241,11 @@ class Engine:
         self._drop_cancelled()
         for sequence in list(self._running):
             self._advance(sequence)
-        while (sequence := self._next_admitted()) is not None:
-            self._advance(sequence)
+        while (admitted := self._next_admitted()) is not None:
+            self._advance(admitted)
         return bool(self._running or self._waiting)
 
-    def _next_admitted(self) -> "_Sequence | None":
+    def _next_admitted(self) -> _Sequence | None:
         with self._wake:
             if not self._waiting or len(self._running) >= self._config.max_running:
                 return None
@@ -295,7 +295,7 @@ class Engine:
         needed = self._kv_per_token * (len(sequence.prompt) + sequence.max_tokens)
         if budget is not None and needed > budget:
             raise RequestError(
-                f"{len(sequence.prompt)} prompt and {sequence.max_tokens} new tokens need {needed:,} bytes of KV cache, "
+                f"{len(sequence.prompt)} prompt and {sequence.max_tokens} new tokens need {needed:,} bytes of cache, "
                 f"kv_memory is {budget:,}: ask for fewer tokens or raise trunk.kv_memory",
                 param="max_tokens",
             )

@@ -5,6 +5,7 @@ V vocabulary.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -87,7 +88,7 @@ class Sampler:
         """The next token after ``prompt`` and ``answer``, and its log probability where asked for."""
         scores_1V = logits_V.unsqueeze(0).float().cpu()
         if self._processors:
-            scores_1V = self._processors(torch.tensor([prompt + answer]), scores_1V)
+            scores_1V = self._processors(_ids(prompt, answer), scores_1V)
         if answer and (self._presence or self._frequency):
             scores_1V = scores_1V.clone()
             counts_V = torch.bincount(torch.tensor(answer), minlength=scores_1V.shape[1])[: scores_1V.shape[1]]
@@ -95,7 +96,7 @@ class Sampler:
         if self._greedy:
             token = int(scores_1V.argmax())
         else:
-            probabilities = torch.softmax(self._warpers(torch.tensor([prompt + answer]), scores_1V), dim=-1)
+            probabilities = torch.softmax(self._warpers(_ids(prompt, answer), scores_1V), dim=-1)
             token = int(torch.multinomial(probabilities[0], 1, generator=self._generator))
         return token, None if self._logprobs is None else logprob_of(scores_1V[0], token, self._logprobs)
 
@@ -106,6 +107,10 @@ def logprob_of(scores_V: torch.Tensor, token: int, alternatives: int) -> TokenLo
     best = torch.topk(logprobs_V, min(alternatives, len(logprobs_V))) if alternatives else None
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else ()
     return TokenLogprob(token_id=token, logprob=float(logprobs_V[token]), top=top)
+
+
+def _ids(prompt: list[int], answer: list[int]) -> Any:
+    return torch.tensor([prompt + answer])
 
 
 def _within(name: str, value: float, low: float, high: float) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
@@ -227,7 +227,7 @@ def is_chat(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(item, dict) for item in prompt)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer, or None where it has none."""
     path = tokenizer_path(checkpoint)
     if path is None:

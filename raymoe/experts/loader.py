@@ -114,7 +114,7 @@ class CudaLoader:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        least, greatest = torch.cuda.Stream.priority_range()
+        least, greatest = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]
         self._streams = {
             ON_DEMAND: torch.cuda.Stream(device, priority=greatest),
             PREFETCH: torch.cuda.Stream(device, priority=least),

@@ -7,6 +7,8 @@ forward gives, without its loops over experts, so results are independent of who
 Shapes: N rows, H hidden, I intermediate.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +26,7 @@ class ExpertMath:
             may lie on the meta device.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         self.has_gate = bool(module.has_gate)
         self.is_transposed = bool(module.is_transposed)

@@ -57,6 +57,7 @@ class Shelf:
         self._store = store
         self._lock = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
+        self._failed: dict[int, BaseException] = {}
         self._scores: dict[int, float] = {}
         self._loaded: list[int] = []
         self._evicted: list[int] = []
@@ -93,9 +94,12 @@ class Shelf:
 
     def next_arrival(self, step: Step) -> tuple[int, int] | None:
         """Wait for the next missing expert: (expert id, slot); None when all were delivered."""
+        deadline = time.monotonic() + LOAD_TIMEOUT_S
         while not step.arriving:
             if not step.waiting:
                 return None
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no slot became free within {LOAD_TIMEOUT_S:g} s")
             with self._lock:
                 self._settle()
                 self._load_waiting(step)
@@ -113,7 +117,7 @@ class Shelf:
                 self._load_waiting(step)
 
     def end_step(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Lift all shields; returns the ids that were loaded and evicted since the last step's end."""
+        """Lift all shields; returns the ids that are here now and were not at the last step's end, and the reverse."""
         with self._lock:
             self.residency.unshield(slice(None))
             changes = tuple(self._loaded), tuple(self._evicted)
@@ -164,11 +168,12 @@ class Shelf:
             return False
         slot, evicted = claimed
         if evicted is not None:
-            self._evicted.append(evicted)
+            _note(evicted, self._evicted, self._loaded)
             self.counters.evictions += 1
         source = self._store.experts[identifier]
         self._tickets[identifier] = self._loader.start(source, self.pool.slots[slot], self.expert_bytes, priority)
-        self._loaded.append(identifier)
+        self._failed.pop(identifier, None)
+        _note(identifier, self._loaded, self._evicted)
         self.counters.loads += 1
         self.counters.bytes_loaded += self.expert_bytes
         return True
@@ -186,16 +191,26 @@ class Shelf:
             self.residency.mark_ready(slot)
         else:
             self.residency.abandon(slot)
+            self._failed[identifier] = ticket.error
+            _note(identifier, self._evicted, self._loaded)
 
     # --- the caller does not hold the lock --------------------------------------------------------------
 
     def _finish(self, identifier: int) -> None:
-        ticket = self._tickets.get(identifier)
-        if ticket is None:
-            return
-        ticket.wait(LOAD_TIMEOUT_S)
+        while (ticket := self._tickets.get(identifier)) is not None:
+            ticket.wait(LOAD_TIMEOUT_S)
+            with self._lock:
+                if self._tickets.get(identifier) is ticket:
+                    self._land(identifier, ticket)
         with self._lock:
-            if identifier in self._tickets:
-                self._land(identifier, ticket)
-        if ticket.error is not None:
-            raise ticket.error
+            error = self._failed.pop(identifier, None)
+        if error is not None:
+            raise error
+
+
+def _note(identifier: int, gained: list[int], lost: list[int]) -> None:
+    """Add a change to ``gained``, unless it only undoes one in ``lost``: what came and went is no change."""
+    if identifier in lost:
+        lost.remove(identifier)
+    else:
+        gained.append(identifier)

@@ -116,7 +116,7 @@ class ExpertWorker:
         if room < len(self.store.experts):
             raise CapacityError(
                 f'device "{self.name}": policy "all_resident" needs slots for {len(self.store.experts)} experts '
-                f"({self.store.nbytes:,} bytes), but slot_memory of {self.slot_budget_bytes or 0:,} bytes holds {room}; "
+                f"({self.store.nbytes:,} bytes), but slot_memory of {self.slot_budget_bytes or 0:,} holds {room}; "
                 'raise slot_memory, add devices, or use policy "on_demand"'
             )
         for identifier in sorted(self.store.experts):

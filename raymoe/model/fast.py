@@ -26,7 +26,7 @@ def use_native_kernels(model: nn.Module) -> int:
     for module in model.modules():
         replacement = replacement_for(module, kernels)
         if replacement is not None:
-            module.forward = replacement  # type: ignore[assignment, method-assign]
+            module.forward = replacement
             changed += 1
     return changed
 

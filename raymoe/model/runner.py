@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.generation import GenerationMixin
 
 
@@ -24,9 +24,9 @@ class SequenceState:
 class Runner:
     """Runs the trunk. Not thread safe: one engine thread calls it."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Any) -> None:  # generation hooks come from a mixin that PreTrainedModel does not show
         self.model = model
-        self.device = model.device
+        self.device: torch.device = model.device
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
@@ -32,7 +31,7 @@ class ExpertBackend(Protocol):
 
 
 def remote_experts_forward(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """An experts implementation for transformers: ask the backend, then combine.
 
@@ -63,7 +62,7 @@ def build_trunk(checkpoint: Checkpoint, backend: ExpertBackend, device: torch.de
 
     Raises CheckpointError where trunk tensors are missing or mis-shaped.
     """
-    trunk_class = without_experts(checkpoint.model_class)
+    trunk_class: Any = without_experts(checkpoint.model_class)
     state = {name: LazyTensor(checkpoint, name) for name in checkpoint.trunk_tensors}
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -93,7 +92,7 @@ def without_experts(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]
     It keeps name and module, by which transformers finds the architecture's weight conversions.
     """
 
-    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
         for _, module in experts_modules(self):
             for name, _parameter in list(module.named_parameters(recurse=False)):

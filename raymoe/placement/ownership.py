@@ -124,7 +124,7 @@ def check_fits(sizes: tuple[LayerSize, ...], capacities: list[Capacity], replica
     if replication * total > room:
         parts = ", ".join(f"{c.device}: {c.host_bytes:,}" for c in capacities)
         raise CapacityError(
-            f"{sum(s.experts for s in sizes):,} experts x {replication} owners take {replication * total:,} bytes, but the "
+            f"{sum(s.experts for s in sizes):,} experts x {replication} owners take {replication * total:,} bytes, the "
             f"workers' host memory is {room:,} bytes ({parts}); add a device, raise host_memory, or lower replication"
         )
 

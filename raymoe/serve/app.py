@@ -12,6 +12,7 @@ from raymoe.serve.ingress import Ingress
 SHED_ROOM = 256  # requests under way beside those the engine takes, so that it can refuse them itself, in JSON
 CPU_SHARE = 0.1  # of what Ray counts, so that a machine of two cores holds several applications
 GRACE_S = 10.0  # for running answers when the application is deleted
+START_ATTEMPTS = 1  # what stops an engine at first is told at once; one that has run is restarted for ever
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 30.0  # a long prefill on few cores keeps the interpreter busy
 
@@ -33,7 +34,12 @@ def engine_options(config: ClusterConfig) -> dict[str, Any]:
     if any(kind != "cpu" for kind in [config.trunk.device, *local]):
         # Ray would hide all GPUs from an actor that asks it for none
         actor["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
-    return {**_common(config), "num_replicas": 1, "ray_actor_options": actor}
+    return {
+        **_common(config),
+        "num_replicas": 1,
+        "max_constructor_retry_count": START_ATTEMPTS,
+        "ray_actor_options": actor,
+    }
 
 
 def ingress_options(config: ClusterConfig) -> dict[str, Any]:

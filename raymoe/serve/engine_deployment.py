@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from raymoe.engine.service import Prompt
     from raymoe.observe.stats import ClusterStats
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ray.serve")  # which Serve writes to the log of the replica
 
 
 class EngineServer:

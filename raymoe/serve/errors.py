@@ -22,7 +22,7 @@ from raymoe.errors import (
     RequestError,
 )
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ray.serve")  # which Serve writes to the log of the replica
 
 RETRY_AFTER_S = 1  # a waiting request takes about that long to get its turn
 RESTART_RETRY_AFTER_S = 10  # Serve needs about that long to replace an engine

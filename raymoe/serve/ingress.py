@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,6 @@ from raymoe.serve.client import EngineClient
 if TYPE_CHECKING:
     from raymoe.engine.service import Prompt
     from raymoe.observe.stats import ClusterStats
-
-log = logging.getLogger(__name__)
 
 FIRST_LOOK_S = 1.0  # between looks whether the engine has started
 
@@ -73,8 +70,7 @@ async def holding(client: EngineClient, take: Callable[[], Lease]) -> AsyncItera
             try:
                 await client.card()
                 leases.append(take())
-            except RaymoeError as error:
-                log.info("waiting for the engine: %s", error)
+            except RaymoeError:
                 await asyncio.sleep(FIRST_LOOK_S)
 
     waiting = asyncio.create_task(wait_and_take())

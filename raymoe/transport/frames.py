@@ -80,7 +80,7 @@ class Header:
         )  # fmt: skip
 
 
-Buffer = bytes | memoryview | np.ndarray
+Buffer = bytes | memoryview
 Message = list[Buffer]
 
 
@@ -121,8 +121,8 @@ def pack_call(request: int, call: ExpertCall) -> Message:
         hidden=call.hidden_RH.shape[1],
         a=0 if scores is None else len(scores),
     )
-    message: Message = [header.pack(), tensor_bytes(call.hidden_RH), call.experts_P, call.rows_P]
-    return message if scores is None else [*message, np.ascontiguousarray(scores, dtype=np.float32)]
+    message: Message = [header.pack(), tensor_bytes(call.hidden_RH), call.experts_P.data, call.rows_P.data]
+    return message if scores is None else [*message, np.ascontiguousarray(scores, dtype=np.float32).data]
 
 
 def parse_call(header: Header, body: Sequence[Buffer], limits: Limits) -> ExpertCall:
@@ -167,7 +167,7 @@ def pack_answer(request: int, answer: ExpertAnswer) -> Message:
     )
     message: Message = [header.pack(), tensor_bytes(output)]
     if answer.loaded or answer.evicted:
-        message.append(np.array([*answer.loaded, *answer.evicted], dtype=np.int32))
+        message.append(np.array([*answer.loaded, *answer.evicted], dtype=np.int32).data)
     return message
 
 
@@ -209,7 +209,7 @@ def pack_experts(
     """A list of (expert id, score): a prefetch order or residency changes; ``tag`` names the sender."""
     name = tag.encode()[:MAX_TEXT_BYTES]
     header = Header(kind=kind, dtype=torch.float32, request=request, a=len(identifiers), b=len(name))
-    return [header.pack(), np.array(identifiers, dtype=np.int32), np.array(scores, dtype=np.float32), name]
+    return [header.pack(), np.array(identifiers, dtype=np.int32).data, np.array(scores, dtype=np.float32).data, name]
 
 
 def parse_experts(header: Header, body: Sequence[Buffer], limits: Limits) -> tuple[list[int], list[float], str]:
@@ -239,7 +239,7 @@ def exact_frames(body: Sequence[Buffer], expected: list[int], limits: Limits) ->
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's memory as bytes, without a copy where it is contiguous on the host."""
     flat = tensor.detach().contiguous().cpu()
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+    return flat.view(torch.uint8).numpy().data.cast("B")
 
 
 def tensor_from(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The placement actor's own socket, and the engine's end of it: residency, forecasts and scores per step."""
 
+from collections.abc import Sequence
+
 import zmq
 
 from raymoe.errors import FrameError
@@ -32,7 +34,7 @@ class PlacementServer:
         self._authenticator.stop()
         self._context.term()
 
-    def _on_message(self, header: Header, body: list[Buffer]) -> Message | None:
+    def _on_message(self, header: Header, body: Sequence[Buffer]) -> Message | None:
         if header.kind is not Kind.RESIDENCY:
             raise FrameError(f"{header.kind.name} does not belong on the placement socket")
         identifiers, directions, device = parse_experts(header, body, self._limits)
@@ -62,7 +64,7 @@ class PlacementClient:
             directions = [LOADED] * len(loaded) + [EVICTED] * len(evicted)
             message = pack_experts(Kind.RESIDENCY, 0, [*loaded, *evicted], directions, str(device))
             try:
-                self._socket.send_multipart(message, flags=zmq.NOBLOCK)  # type: ignore[arg-type]
+                self._socket.send_multipart(message, flags=zmq.NOBLOCK)
             except zmq.Again:
                 self.dropped += 1
 

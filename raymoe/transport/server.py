@@ -6,7 +6,7 @@ computation is not mistaken for death.
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import zmq
@@ -31,7 +31,7 @@ from raymoe.transport.sockets import AllowedClients, Endpoint, KeyPair, authenti
 log = logging.getLogger(__name__)
 POLL_MS = 200  # how often a quiet thread looks whether it should stop
 
-Handler = Callable[[Header, list[Buffer]], Message | None]
+Handler = Callable[[Header, Sequence[Buffer]], Message | None]
 
 
 class SocketThread:
@@ -118,7 +118,7 @@ class WorkerServer:
         self._authenticator.stop()
         self._context.term()
 
-    def _on_call(self, header: Header, body: list[Buffer]) -> Message | None:
+    def _on_call(self, header: Header, body: Sequence[Buffer]) -> Message | None:
         if header.kind is not Kind.CALL:
             raise FrameError(f"{header.kind.name} does not belong on the data socket")
         call = parse_call(header, body, self._limits)
@@ -130,7 +130,7 @@ class WorkerServer:
             log.exception("an expert call failed")
             return pack_text(Kind.ERROR, header.request, f"{type(error).__name__}: {error}")
 
-    def _on_control(self, header: Header, body: list[Buffer]) -> Message | None:
+    def _on_control(self, header: Header, body: Sequence[Buffer]) -> Message | None:
         if header.kind is Kind.PING:
             return [Header(kind=Kind.PONG, dtype=torch.float32, request=header.request).pack()]
         if header.kind is Kind.PREFETCH:

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import ray
 import torch
@@ -75,13 +76,6 @@ def server() -> Iterator[Server]:
         serve.shutdown()
     finally:
         ray.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def _t(request):
-    t = time.time()
-    yield
-    print(request.node.name, time.time() - t)
 
 
 @pytest.fixture(scope="module")
@@ -346,19 +340,25 @@ def test_deleting_an_application_ends_its_actors_only(server: Server, second: Se
     assert server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2}).status_code == 200
 
 
+def test_a_start_that_fails_says_why_and_leaves_nothing(server: Server) -> None:
+    config = ClusterConfig.model_validate({"devices": [{"name": "edge-0", "host_memory": "1MiB"}]})
+    with pytest.raises(RuntimeError):
+        serve.run(build_application(config), name="broken", route_prefix="/broken")
+    message = serve.status().applications["broken"].deployments["engine"].message
+    assert "raymoe.errors.CapacityError" in message
+    until(lambda: actor_names("broken") == [], "the end of the actors of a failed start", 10.0)
+    assert server.post("/broken/v1/completions", {"prompt": PROMPT}).status_code == 503
+    serve.delete("broken")
+
+
 # --- an engine that dies --------------------------------------------------------------------------------
 
 
 def engine_pid() -> int:
     """Process id of the first application's engine replica."""
-    replicas = serve.status().applications["raymoe"].deployments["engine"]
-    assert replicas.status == "HEALTHY"
-    [actor] = [
-        actor
-        for actor in ray._private.state.actors().values()
-        if actor["State"] == "ALIVE" and actor["Name"].startswith("SERVE_REPLICA::raymoe#engine")
-    ]
-    return actor["Pid"]
+    title = "ray::ServeReplica:raymoe:engine"
+    [process] = [one for one in psutil.Process().children(recursive=True) if "".join(one.cmdline()).startswith(title)]
+    return process.pid
 
 
 def test_an_engine_that_dies_is_told_replaced_and_leaves_the_workers_alone(server: Server) -> None:

@@ -82,6 +82,13 @@ def make_shelf(slots: int, experts: int = 8, fails: Iterable[int] = ()) -> tuple
 
 def run_step(shelf: Shelf, experts: list[int], scores: list[float] | None = None) -> dict[int, float]:
     """One whole layer call; returns what the slot of each expert held when it was its turn."""
+    seen = serve_experts(shelf, experts, scores)
+    shelf.end_step()
+    return seen
+
+
+def serve_experts(shelf: Shelf, experts: list[int], scores: list[float] | None = None) -> dict[int, float]:
+    """A layer call without its end."""
     wanted = np.array(experts, dtype=np.int32)
     slots, step = shelf.begin_step(0, wanted, None if scores is None else np.array(scores, dtype=np.float32))
     seen = {expert: held(shelf, slot) for expert, slot in zip(experts, slots.tolist(), strict=True) if slot >= 0}
@@ -91,7 +98,6 @@ def run_step(shelf: Shelf, experts: list[int], scores: list[float] | None = None
         while (arrived := shelf.next_arrival(step)) is not None:
             seen[arrived[0]] = held(shelf, arrived[1])
             shelf.release(step, [arrived[1]])
-    shelf.end_step()
     return seen
 
 
@@ -246,9 +252,7 @@ def test_a_step_waits_for_slots_that_prefetches_hold() -> None:
 
 
 def changes_of(shelf: Shelf, experts: list[int]) -> tuple[set[int], set[int]]:
-    _, step = shelf.begin_step(0, np.array(experts, dtype=np.int32), None)
-    while step is not None and (arrived := shelf.next_arrival(step)) is not None:
-        shelf.release(step, [arrived[1]])
+    serve_experts(shelf, experts)
     loaded, evicted = shelf.end_step()
     assert len(set(loaded)) == len(loaded) and len(set(evicted)) == len(evicted)
     return set(loaded), set(evicted)
