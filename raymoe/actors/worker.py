@@ -2,21 +2,21 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
 import torch
 
-from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import DeviceConfig, ModelConfig
 from raymoe.errors import ConfigError
-from raymoe.experts.build import default_threads, make_worker
-from raymoe.experts.worker import WorkerReport
 from raymoe.transport.frames import Limits
-from raymoe.transport.server import WorkerServer
 from raymoe.transport.sockets import Endpoint
 from raymoe.types import ExpertKey
+
+if TYPE_CHECKING:
+    from raymoe.experts.worker import WorkerReport
+    from raymoe.transport.server import WorkerServer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,10 @@ class WorkerShell:
     """One expert worker. Raises CheckpointError where the checkpoint can't be opened on this node."""
 
     def __init__(self, model: dict[str, Any], device: dict[str, Any], limits: Limits) -> None:
+        # here and not above: transformers takes seconds to import, and the placement actor needs only the class
+        from raymoe.checkpoint.opening import open_checkpoint
+        from raymoe.experts.build import default_threads, make_worker
+
         settings = ModelConfig.model_validate(model)
         self._device = DeviceConfig.model_validate(device)
         self._limits = limits
@@ -71,6 +75,8 @@ class WorkerShell:
 
     def serve(self, address: str, clients: tuple[bytes, ...]) -> Endpoint:
         """Open the data plane on ``address`` for the given client keys; a second call only admits more clients."""
+        from raymoe.transport.server import WorkerServer
+
         if self._server is None:
             try:
                 self._server = WorkerServer(self._worker, address, self._limits, set(clients))
@@ -79,6 +85,6 @@ class WorkerShell:
         self._server.clients.keys.update(clients)
         return self._server.endpoint
 
-    def report(self) -> tuple[WorkerReport, int]:
+    def report(self) -> "tuple[WorkerReport, int]":
         """The worker's own report, and how many malformed messages were dropped."""
         return self._worker.report(), self._server.dropped if self._server else 0

@@ -149,8 +149,10 @@ class Dispatcher:
         )
         if self._on_changes is not None and (answer.loaded or answer.evicted):
             loaded, evicted = self._changes.setdefault(name, ([], []))
-            loaded.extend(answer.loaded)
-            evicted.extend(answer.evicted)
+            for identifier in answer.evicted:  # what came and went since the last news is none
+                loaded.remove(identifier) if identifier in loaded else evicted.append(identifier)
+            for identifier in answer.loaded:
+                evicted.remove(identifier) if identifier in evicted else loaded.append(identifier)
 
     def take_cost(self) -> Routing:
         """What calls cost since the last take; also passes residency changes on."""

@@ -92,6 +92,11 @@ class ExpertWorker:
         self._direct = ShelfCounters()
         self._calls = 0
 
+    @property
+    def num_layers(self) -> int:
+        """MoE layers of the model."""
+        return len(self.layers)
+
     # --- shard ------------------------------------------------------------------------------------------
 
     def own(self, keys: Iterable[ExpertKey], progress: Callable[[int], None] | None = None) -> None:
@@ -255,8 +260,7 @@ def share_slots(name: str, budget_bytes: int | None, sizes: list[int], owned: li
             f"raise it to at least {least:,}"
         )
     total = sum(size * count for size, count in zip(sizes, owned, strict=True))
-    share = min(1.0, budget_bytes / total) if total else 0.0
-    counts = [max(1, int(count * share)) if count else 0 for count in owned]
+    counts = [max(1, count * min(budget_bytes, total) // total) if count else 0 for count in owned]
     while sum(size * count for size, count in zip(sizes, counts, strict=True)) > budget_bytes:
         largest = max(range(len(counts)), key=lambda i: (counts[i] > 1, sizes[i] * counts[i]))
         counts[largest] -= 1

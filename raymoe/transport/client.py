@@ -101,7 +101,10 @@ class WorkerClient:
         socket = self._control[device]
         request = next(self._requests)
         start = time.monotonic()
-        socket.send(Header(kind=Kind.PING, dtype=torch.float32, request=request).pack(), flags=zmq.NOBLOCK)
+        try:
+            socket.send(Header(kind=Kind.PING, dtype=torch.float32, request=request).pack(), flags=zmq.NOBLOCK)
+        except zmq.Again:  # not connected, or a queue full of unanswered ones
+            return None
         while (left := start + timeout_s - time.monotonic()) > 0:
             if not socket.poll(int(left * 1000) + 1):
                 continue

@@ -7,13 +7,13 @@ computation is not mistaken for death.
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import zmq
 
 from raymoe.errors import FrameError
-from raymoe.experts.call import layer_and_expert
-from raymoe.experts.worker import ExpertWorker
+from raymoe.experts.call import ExpertAnswer, ExpertCall, layer_and_expert
 from raymoe.transport.frames import (
     Buffer,
     Header,
@@ -32,6 +32,25 @@ log = logging.getLogger(__name__)
 POLL_MS = 200  # how often a quiet thread looks whether it should stop
 
 Handler = Callable[[Header, Sequence[Buffer]], Message | None]
+
+
+class Worker(Protocol):
+    """Whoever computes the calls that arrive."""
+
+    name: str
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers of the model; calls for others are malformed."""
+        ...
+
+    def compute(self, call: ExpertCall) -> ExpertAnswer:
+        """Compute a call."""
+        ...
+
+    def prefetch(self, layer: int, expert: int, score: float) -> bool:
+        """Load an expert ahead of need, if it is welcome."""
+        ...
 
 
 class SocketThread:
@@ -74,6 +93,9 @@ class SocketThread:
             self.dropped += 1
             log.warning("dropped a malformed message: %s", error)
             return
+        except Exception:  # a fault of ours: this thread must outlive it, the sender runs into its deadline
+            log.exception("a message could not be handled")
+            return
         if reply is not None:
             try:
                 self._socket.send_multipart([sender.bytes, *reply], flags=zmq.NOBLOCK, copy=False)
@@ -82,11 +104,11 @@ class SocketThread:
 
 
 class WorkerServer:
-    """Serves one ``ExpertWorker`` on ``address``; ``endpoint`` tells clients where and with which key."""
+    """Serves one worker on ``address``; ``endpoint`` tells clients where and with which key."""
 
     def __init__(
         self,
-        worker: ExpertWorker,
+        worker: Worker,
         address: str,
         limits: Limits,
         clients: set[bytes],
@@ -122,8 +144,8 @@ class WorkerServer:
         if header.kind is not Kind.CALL:
             raise FrameError(f"{header.kind.name} does not belong on the data socket")
         call = parse_call(header, body, self._limits)
-        if call.layer >= len(self._worker.layers):
-            raise FrameError(f"layer {call.layer}, but the model has {len(self._worker.layers)}")
+        if call.layer >= self._worker.num_layers:
+            raise FrameError(f"layer {call.layer}, but the model has {self._worker.num_layers}")
         try:
             return pack_answer(header.request, self._worker.compute(call))
         except Exception as error:  # whatever went wrong is the caller's to handle; this thread must live

@@ -452,10 +452,10 @@ def test_slots_share_the_budget(budget: int | None, sizes: list[int], owned: lis
     assert share_slots("edge", budget, sizes, owned) == slots
 
 
-@given(st.integers(1, 10**6), st.integers(1, 300), st.integers(1, 10**9))
-def test_one_shape_gets_as_many_slots_as_fit(size: int, owned: int, budget: int) -> None:
-    if budget >= size:
-        assert share_slots("edge", budget, [size], [owned]) == [min(owned, budget // size)]
+@given(st.integers(1, 10**6), st.integers(1, 300), st.integers(1, 400), st.integers(0, 10**6))
+def test_one_shape_gets_as_many_slots_as_fit(size: int, owned: int, fitting: int, rest: int) -> None:
+    budget = size * fitting + rest % size
+    assert share_slots("edge", budget, [size], [owned]) == [min(owned, fitting)]
 
 
 @given(st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 50)), min_size=1, max_size=4), st.integers(1, 10**5))
