@@ -158,8 +158,9 @@ class Dispatcher:
         """What calls cost since the last take; also passes residency changes on."""
         cost, self._cost = self._cost, Routing()
         if self._changes and self._on_changes is not None:
-            changes, self._changes = self._changes, {}
-            self._on_changes(changes)
+            changes, self._changes = {name: pair for name, pair in self._changes.items() if any(pair)}, {}
+            if changes:
+                self._on_changes(changes)
         return cost
 
 

@@ -61,8 +61,7 @@ class ModelService:
         if config.trunk.threads is not None:
             torch.set_num_threads(config.trunk.threads)
         model = build_trunk(checkpoint, dispatcher, trunk_device)
-        if config.trunk.native_kernels:
-            use_native_kernels(model)
+        native = config.trunk.native_kernels and use_native_kernels(model) > 0
         self.tokenizer = load_tokenizer(checkpoint)
         raw = generation_config(checkpoint)
         self.defaults = SamplingDefaults.from_generation_config(raw)
@@ -70,7 +69,7 @@ class ModelService:
         text_config = checkpoint.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self._engine = Engine(
-            Runner(model),
+            Runner(model, single_threaded_decode=native),
             dispatcher,
             config.trunk,
             tokenizer=self.tokenizer,

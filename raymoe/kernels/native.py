@@ -25,9 +25,9 @@ import torch
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAG_SETS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-fopenmp"], [])
-COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast"]
-ABI = 2
+FLAG_SETS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
+COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
+ABI = 4
 THREADED_BYTES = 1 << 18  # below this many bytes of weights, waking threads costs more than they save
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -44,6 +44,7 @@ class NativeKernels:
         self._linear = {}
         self._experts = {}
         self._rms_norm = {}
+        self._attention = {}
         for dtype, suffix in SUFFIX.items():
             linear = getattr(library, f"raymoe_linear_{suffix}")
             linear.argtypes = [pointer] * 4 + [number] * 2 + [pointer, ctypes.c_int]
@@ -54,7 +55,11 @@ class NativeKernels:
             rms_norm = getattr(library, f"raymoe_rms_norm_{suffix}")
             rms_norm.argtypes = [pointer] * 3 + [number] * 2 + [ctypes.c_float, ctypes.c_int]
             rms_norm.restype = None
-            self._linear[dtype], self._experts[dtype], self._rms_norm[dtype] = linear, experts, rms_norm
+            attention = getattr(library, f"raymoe_attention_{suffix}")
+            attention.argtypes = [pointer] * 4 + [number] * 5 + [pointer, ctypes.c_float, pointer, ctypes.c_int]
+            attention.restype = None
+            self._linear[dtype], self._experts[dtype] = linear, experts
+            self._rms_norm[dtype], self._attention[dtype] = rms_norm, attention
         self._scratch = torch.empty(0)
         self._scratch_pointer = 0
 
@@ -86,6 +91,27 @@ class NativeKernels:
         columns = weight.shape[0]
         self._rms_norm[x.dtype](
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // columns, columns, epsilon, early
+        )
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """One token's attention: q [heads, d] contiguous, k and v [kv_heads, length, d], out [heads, d of v]."""
+        heads, d = q.shape
+        kv_heads, length, dv = v.shape
+        strides = (ctypes.c_int64 * 4)(k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+        self._attention[q.dtype](
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            heads,
+            kv_heads,
+            length,
+            d,
+            dv,
+            strides,
+            scale,
+            self._room(heads * (d + length + dv)),
+            self.threads if k.nbytes >= THREADED_BYTES else 1,
         )
 
     def experts(

@@ -5,23 +5,36 @@ each in one call. Modules keep their own forward for every other shape, so prefi
 as before. A norm is replaced only if, on random input, the kernel gives what the module gives.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raymoe.kernels.native import NativeKernels, load_native
 
+ATTENTION = "raymoe_sdpa"
+SPECIAL_ATTENTION = ("position_bias", "cache", "softcap")  # what sdpa knows beyond masks; the kernel does not
 MAX_NORM_ELEMENTS = 1 << 15  # one token's states and heads; more is prefill, where torch does well
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # relative, about an ulp of bfloat16
 
 
-def use_native_kernels(model: nn.Module) -> int:
-    """Route one-token calls of linear layers and norms through native kernels. Returns how many were changed.
+def use_native_kernels(model: PreTrainedModel) -> int:
+    """Route one-token calls of linear layers, norms and attention through native kernels.
 
-    Only exact ``nn.Linear`` modules and proven norms on the CPU are touched.
+    Only exact ``nn.Linear`` modules, proven norms and ``sdpa`` attention on the CPU are touched. Returns how many
+    modules were changed.
     """
     kernels = load_native(torch.get_num_threads())
     if kernels is None:
         return 0
+    if model.config._attn_implementation == "sdpa" and kernels.supports(model.dtype, model.device):
+        model.set_attn_implementation(ATTENTION)
+        for module in model.modules():
+            module.raymoe_kernels = kernels  # type: ignore[assignment]
     changed = 0
     for module in model.modules():
         replacement = replacement_for(module, kernels)
@@ -41,6 +54,44 @@ def replacement_for(module: nn.Module, kernels: NativeKernels) -> "OneRowLinear 
     if type(module).__name__.endswith("RMSNorm") and weight.dim() == 1:
         return small_norm(module, kernels)
     return None
+
+
+def one_token_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention implementation for transformers: the kernel for a single token without a mask, else ``sdpa``.
+
+    Args:
+        query: [batch, heads, tokens, d]; key and value: [batch, kv heads, length, d].
+    """
+    kernels: NativeKernels | None = getattr(module, "raymoe_kernels", None)
+    plain = attention_mask is None and all(kwargs.get(name) is None for name in SPECIAL_ATTENTION)
+    if (
+        kernels is None
+        or not plain
+        or query.shape[0] != 1
+        or query.shape[2] != 1
+        or query.dtype != key.dtype
+        or key.stride(-1) != 1
+        or value.stride(-1) != 1
+        or not kernels.supports(query.dtype, query.device)
+    ):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    heads, d = query.shape[1], query.shape[3]
+    output = query.new_empty((1, 1, heads, value.shape[3]))
+    scale = d**-0.5 if scaling is None else scaling
+    kernels.attention(query.reshape(heads, d), key[0], value[0], scale, output)
+    return output, None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, one_token_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 
 
 class OneRowLinear:

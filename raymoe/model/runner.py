@@ -15,19 +15,33 @@ from transformers.generation import GenerationMixin
 
 @dataclass(slots=True)
 class SequenceState:
-    """One sequence's tokens so far ([1, n]) and its cache, in transformers' terms."""
+    """One sequence's tokens so far ([1, n]; on the direct path only the prompt's), its cache, and its length."""
 
     ids: torch.Tensor
     kwargs: dict[str, Any]
+    length: int
+
+
+LONG_CONTEXT = 4096  # tokens from which attention of a single new token is worth torch's threads
 
 
 class Runner:
-    """Runs the trunk. Not thread safe: one engine thread calls it."""
+    """Runs the trunk. Not thread safe: one engine thread calls it.
 
-    def __init__(self, model: Any) -> None:  # generation hooks come from a mixin that PreTrainedModel does not show
+    Args:
+        single_threaded_decode: keep torch to one thread for single tokens, where native kernels bring their own
+            threads. What remains are tiny operations; a barrier around each costs more than it saves, and on a
+            machine with busy cores a lot more.
+    """
+
+    def __init__(
+        self, model: Any, *, single_threaded_decode: bool = False
+    ) -> None:  # generation hooks come from a mixin that PreTrainedModel does not show
         self.model = model
         self.device: torch.device = model.device
         parameters = inspect.signature(model.forward).parameters
+        self._threads = torch.get_num_threads()
+        self._single_threaded_decode = single_threaded_decode
         self._takes_positions = "position_ids" in parameters
         self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._direct = (
@@ -49,11 +63,21 @@ class Runner:
         inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, attention_mask=None, **kwargs)
         outputs = self.model(**inputs, return_dict=True)
         kwargs = self.model._update_model_kwargs_for_generation(outputs, kwargs)
-        return outputs.logits[0, -1].float(), SequenceState(ids, kwargs)
+        return outputs.logits[0, -1].float(), SequenceState(ids, kwargs, len(tokens))
 
     @torch.inference_mode()
     def decode(self, state: SequenceState, token: int) -> torch.Tensor:
         """Run one more token; returns the logits after it. Mutates ``state``."""
+        if not self._single_threaded_decode or state.length >= LONG_CONTEXT:
+            return self._decode(state, token)
+        torch.set_num_threads(1)
+        try:
+            return self._decode(state, token)
+        finally:
+            torch.set_num_threads(self._threads)
+
+    def _decode(self, state: SequenceState, token: int) -> torch.Tensor:
+        state.length += 1
         if self._direct:
             return self._decode_directly(state, token)
         state.ids = torch.cat([state.ids, torch.tensor([[token]], device=self.device)], dim=1)
@@ -66,7 +90,7 @@ class Runner:
         cache = state.kwargs["past_key_values"]
         outputs = self.model(
             input_ids=torch.tensor([[token]], device=self.device),
-            position_ids=torch.tensor([[cache.get_seq_length()]], device=self.device),
+            position_ids=torch.tensor([[state.length - 1]], device=self.device),
             past_key_values=cache,
             use_cache=True,
             return_dict=True,

@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -92,21 +93,21 @@ def show_checkpoint(facts: dict[str, Any]) -> None:
 
 def show_status(stats: ClusterStats) -> None:
     """A table of devices."""
+    title = f"{stats.app}: policy {stats.policy}, {stats.replication} owner(s) per expert"
     table = Table(
-        title=f"{stats.app}: policy {stats.policy}, {stats.replication} owner(s) per expert", title_justify="left"
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True
     )
-    for column in ("Device", "Kind", "State", "Experts", "Resident", "Slots", "Hit rate", "Loaded", "PID"):
-        table.add_column(column, justify="left" if column in ("Device", "Kind", "State") else "right")
+    for column in ("Device", "Kind", "State"):
+        table.add_column(column)
+    for column in ("Resident", "Slots", "Hits", "Loaded", "PID"):
+        table.add_column(column, justify="right", no_wrap=True)
     for device in stats.devices.values():
-        kind = f"{device.kind} (emulated link)" if device.emulated_link else device.kind
-        slots = format_bytes(device.slot_budget_bytes) if device.slot_budget_bytes is not None else "host memory"
         table.add_row(
             device.name,
-            kind,
+            f"{device.kind} emulated" if device.emulated_link else device.kind,
             device.state,
-            f"{device.owned:,}",
-            f"{device.resident:,}",
-            slots,
+            f"{device.resident:,}/{device.owned:,}",
+            format_bytes(device.slot_budget_bytes) if device.slot_budget_bytes is not None else "none",
             f"{device.hit_rate:.1%}",
             format_bytes(device.bytes_loaded),
             str(device.pid),

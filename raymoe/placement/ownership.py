@@ -10,10 +10,12 @@ from itertools import pairwise
 from typing import Literal
 
 from raymoe.errors import CapacityError
+from raymoe.placement.ledger import Ledger
 from raymoe.types import DeviceName, ExpertKey, LayerSize
 
 HOP_S = 0.3e-3  # one round trip and two wake-ups on a small machine, see docs/benchmarks.md
 BYTES_PER_S = 8e9  # what one small device moves, memory or PCIe; only the order of magnitude matters
+WELL_FILLED = 0.7  # of its share: a worker that holds less is given some; moving for less is not worth the reading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,28 +56,24 @@ def assign(
 ) -> Ownership:
     """Hand every expert to ``replication`` different workers, balanced by bytes against capacity.
 
-    Whatever ``current`` already says of workers that still exist is kept as far as balance allows, so that a
-    worker that joins or leaves moves as little as possible.
+    Whatever ``current`` already says of workers that still exist is kept as far as memory allows; a worker that
+    is much emptier than its share, as a new one is, then gets some of it from the fullest. So little more moves
+    than what a leaving worker held, or what a joining one should hold.
 
     Raises CapacityError with the arithmetic where the experts do not fit.
     """
     check_fits(sizes, capacities, replication)
-    kept = {key: list(owners)[:replication] for key, owners in _kept(current, capacities).items()}
-    used = {capacity.device: 0 for capacity in capacities}
-    owned: dict[DeviceName, list[ExpertKey]] = {capacity.device: [] for capacity in capacities}
     limit = {capacity.device: capacity.host_bytes for capacity in capacities}
-    _release_overload(kept, sizes, limit, replication)
-    for key, owners in kept.items():
-        for device in owners:
-            owned[device].append(key)
-            used[device] += sizes[key.layer].expert_bytes
-    for copy in range(replication):
-        for layer, size in enumerate(sizes):
-            taken: set[DeviceName] = set()
-            for group in _groups(layer, size.experts, spreads[layer]):
-                todo = [key for key in group if len(kept.get(key, ())) <= copy]
-                _place(todo, size.expert_bytes, kept, owned, used, limit, taken)
-    return {device: tuple(sorted(keys)) for device, keys in owned.items()}
+    ledger = Ledger(sizes, limit, replication)
+    _keep(ledger, current or {})
+    try:
+        _place_missing(ledger, spreads)
+    except CapacityError:  # a tight squeeze: forget groups and what was kept
+        ledger = Ledger(sizes, limit, replication)
+        _place_by_room(ledger)
+    if current:
+        _fill_up(ledger)
+    return {device: tuple(sorted(keys)) for device, keys in ledger.held.items()}
 
 
 def owners_of(ownership: Ownership) -> dict[ExpertKey, tuple[DeviceName, ...]]:
@@ -129,29 +127,76 @@ def check_fits(sizes: tuple[LayerSize, ...], capacities: list[Capacity], replica
         )
 
 
-def _kept(current: Ownership | None, capacities: list[Capacity]) -> dict[ExpertKey, tuple[DeviceName, ...]]:
-    alive = {capacity.device for capacity in capacities}
-    return owners_of({device: keys for device, keys in (current or {}).items() if device in alive})
+def _keep(ledger: Ledger, current: Ownership) -> None:
+    """Take over what is still right; extra copies and what no longer fits are given up where most is held."""
+    for device, keys in current.items():
+        if device in ledger.limit:
+            ledger.give((key for key in keys if key in ledger.owners), device)
+    for key, owners in ledger.owners.items():
+        while len(owners) > ledger.replication:
+            ledger.take([key], max(owners, key=ledger.excess))
+    for device, held in ledger.held.items():
+        while ledger.room(device) < 0:
+            ledger.take([max(held)], device)
 
 
-def _release_overload(
-    kept: dict[ExpertKey, list[DeviceName]],
-    sizes: tuple[LayerSize, ...],
-    limit: dict[DeviceName, int],
-    replication: int,
-) -> None:
-    """Take experts from workers that hold more than their fair share, so that new workers get some."""
-    total = replication * sum(size.experts * size.expert_bytes for size in sizes)
-    room = sum(limit.values())
-    for device in limit:
-        fair = total * limit[device] / room
-        held = [key for key, owners in kept.items() if device in owners]
-        excess = sum(sizes[key.layer].expert_bytes for key in held) - fair
-        for key in reversed(sorted(held)):
-            if excess < sizes[key.layer].expert_bytes:
-                break
-            kept[key].remove(device)
-            excess -= sizes[key.layer].expert_bytes
+def _place_missing(ledger: Ledger, spreads: list[int]) -> None:
+    """Give every expert its missing owners, group by group."""
+    for copy in range(ledger.replication):
+        for layer, size in enumerate(ledger.sizes):
+            taken: set[DeviceName] = set()
+            for group in _groups(layer, size.experts, spreads[layer]):
+                _place([key for key in group if len(ledger.owners[key]) <= copy], ledger, taken)
+
+
+def _place_by_room(ledger: Ledger) -> None:
+    """Give each expert to the workers with most room, large experts first.
+
+    For experts of one size this succeeds whenever anything can: room beyond one copy of everything left to
+    place is useless, and otherwise nobody's room may run out before the others'.
+    """
+    keys = sorted(ledger.owners, key=lambda key: (-ledger.sizes[key.layer].expert_bytes, key))
+    for key in keys:
+        needed = ledger.sizes[key.layer].expert_bytes
+        by_room = sorted(ledger.limit, key=ledger.room, reverse=True)[: ledger.replication]
+        if any(ledger.room(device) < needed for device in by_room):
+            raise CapacityError(_does_not_fit(ledger, key.layer))
+        for device in by_room:
+            ledger.give([key], device)
+
+
+def _does_not_fit(ledger: Ledger, layer: int) -> str:
+    rooms = ", ".join(f"{device}: {room:,}" for device, room in ledger.limit.items())
+    size = ledger.sizes[layer].expert_bytes
+    if ledger.replication == 1:
+        return (
+            f"the workers' host memory ({rooms} bytes) holds all experts in sum, but not in pieces of whole experts "
+            f"({size:,} bytes each in layer {layer}); add a device or raise host_memory"
+        )
+    return (
+        f"the workers' host memory ({rooms} bytes) is too uneven for {ledger.replication} owners per expert on "
+        f"different workers ({size:,} bytes each in layer {layer}); lower replication or even it out"
+    )
+
+
+def _fill_up(ledger: Ledger) -> None:
+    """Move groups from the fullest worker to those well below their share, as long as that evens them out."""
+    hungry = [device for device, used in ledger.used.items() if used < WELL_FILLED * ledger.share[device]]
+    while hungry:
+        empty = min(hungry, key=ledger.excess)
+        full = max(ledger.limit, key=ledger.excess)
+        movable: dict[int, list[ExpertKey]] = {}
+        for key in ledger.held[full] - ledger.held[empty]:
+            movable.setdefault(key.layer, []).append(key)
+        most = min(ledger.excess(full) - ledger.excess(empty), ledger.room(empty) + 1)
+        parts = [part for part in movable.values() if ledger.bytes_of(part) < most]
+        if not parts:
+            return
+        # a layer in which the receiver has nothing yet keeps its spread
+        layers = {key.layer for key in ledger.held[empty]}
+        part = min(parts, key=lambda part: (part[0].layer in layers, -part[0].layer))
+        ledger.take(part, full)
+        ledger.give(part, empty)
 
 
 def _groups(layer: int, experts: int, spread: int) -> list[list[ExpertKey]]:
@@ -160,43 +205,33 @@ def _groups(layer: int, experts: int, spread: int) -> list[list[ExpertKey]]:
     return [keys[start:end] for start, end in pairwise(bounds)]
 
 
-def _place(
-    keys: list[ExpertKey],
-    expert_bytes: int,
-    kept: dict[ExpertKey, list[DeviceName]],
-    owned: dict[DeviceName, list[ExpertKey]],
-    used: dict[DeviceName, int],
-    limit: dict[DeviceName, int],
-    taken: set[DeviceName],
-) -> None:
-    """Put ``keys`` on one worker: not yet an owner, new to the layer if possible, least full; split if need be."""
+def _place(keys: list[ExpertKey], ledger: Ledger, taken: set[DeviceName]) -> None:
+    """Put ``keys`` on one worker: not yet an owner, below its share, new to the layer if possible, least full.
+
+    They are split where no worker has room for all. ``taken`` are the workers of the layer's other groups.
+    """
     while keys:
+        size = ledger.sizes[keys[0].layer].expert_bytes
+        whole = len(keys) * size
+
+        def preference(device: DeviceName) -> tuple[bool, bool, bool, float]:
+            after = ledger.used[device] + whole  # noqa: B023 - called before the loop goes on
+            return (
+                any(key in ledger.held[device] for key in keys),  # noqa: B023
+                after > ledger.share[device],
+                device in taken,
+                after / ledger.limit[device] if after <= ledger.limit[device] else 2.0,
+            )
+
         candidates = [
             device
-            for device in limit
-            if used[device] + expert_bytes <= limit[device] and any(device not in kept.get(key, ()) for key in keys)
+            for device in ledger.limit
+            if ledger.room(device) >= size and any(key not in ledger.held[device] for key in keys)
         ]
         if not candidates:
-            raise CapacityError(
-                f"experts of layer {keys[0].layer} fit in no worker that does not own them already; "
-                "the workers' host memory is too uneven for this replication: lower replication or even it out"
-            )
-        whole = len(keys) * expert_bytes
-        device = min(
-            candidates,
-            key=lambda d: (
-                any(d in kept.get(key, ()) for key in keys),
-                d in taken,
-                (used[d] + whole) / limit[d] if used[d] + whole <= limit[d] else 2.0,
-                list(limit).index(d),
-            ),
-        )
-        room = (limit[device] - used[device]) // expert_bytes
-        mine = [key for key in keys if device not in kept.get(key, ())][:room]
-        for key in mine:
-            kept.setdefault(key, []).append(device)
-        owned[device].extend(mine)
-        used[device] += len(mine) * expert_bytes
+            raise CapacityError(_does_not_fit(ledger, keys[0].layer))
+        device = min(candidates, key=preference)
+        mine = [key for key in keys if key not in ledger.held[device]][: ledger.room(device) // size]
+        ledger.give(mine, device)
         taken.add(device)
-        placed = set(mine)
-        keys = [key for key in keys if key not in placed]
+        keys = [key for key in keys if device not in ledger.owners[key]]

@@ -79,6 +79,18 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
+def second(server: Server) -> Server:
+    """Another application beside the first: one request at a time, none waiting."""
+    config = {
+        "model": {"dtype": "float32", "name": "second-moe"},
+        "devices": [{"name": "edge-0", "slot_memory": "4MiB"}],
+        "trunk": {"max_running": 1, "max_waiting": 0},
+    }
+    application = build_application(ClusterConfig.model_validate(config))
+    return Server(url=f"{server.url}/second", handle=serve.run(application, name="second", route_prefix="/second"))
+
+
+@pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=WAIT_S, max_retries=0)
 
@@ -298,21 +310,6 @@ def test_a_handle_that_cancels_ends_its_request(server: Server) -> None:
 # --- two applications -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def second(server: Server) -> Iterator[Server]:
-    """Another application beside the first: one request at a time, none waiting."""
-    config = ClusterConfig.model_validate(
-        {
-            "devices": [{"name": "edge-0", "slot_memory": "4MiB"}],
-            "model": {"dtype": "float32", "name": "second-moe"},
-            "trunk": {"max_running": 1, "max_waiting": 0},
-        }
-    )
-    handle = serve.run(build_application(config), name="second", route_prefix="/second")
-    yield Server(url=f"{server.url}/second", handle=handle)
-    serve.delete("second")
-
-
 def test_two_applications_have_actors_of_their_own(server: Server, second: Server) -> None:
     assert actor_names("second") == ["raymoe:second:placement", "raymoe:second:worker:edge-0"]
     assert len(actor_names("raymoe")) == 3
@@ -340,14 +337,16 @@ def test_deleting_an_application_ends_its_actors_only(server: Server, second: Se
     assert server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2}).status_code == 200
 
 
-def test_a_start_that_fails_says_why_and_leaves_nothing(server: Server) -> None:
-    config = ClusterConfig.model_validate({"devices": [{"name": "edge-0", "host_memory": "1MiB"}]})
+def test_a_start_that_fails_says_why_once_and_leaves_nothing(server: Server) -> None:
+    config = ClusterConfig.model_validate({"model": {"path": "/no/such/model"}})
     with pytest.raises(RuntimeError):
         serve.run(build_application(config), name="broken", route_prefix="/broken")
-    message = serve.status().applications["broken"].deployments["engine"].message
-    assert "raymoe.errors.CapacityError" in message
-    until(lambda: actor_names("broken") == [], "the end of the actors of a failed start", 10.0)
-    assert server.post("/broken/v1/completions", {"prompt": PROMPT}).status_code == 503
+    application = serve.status().applications["broken"]
+    assert application.status == "DEPLOY_FAILED"
+    assert "raymoe.errors.CheckpointError" in application.deployments["engine"].message
+    assert actor_names("broken") == []
+    answer = server.post("/broken/v1/completions", {"prompt": PROMPT})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "unavailable")
     serve.delete("broken")
 
 

@@ -15,16 +15,17 @@ from raymoe.checkpoint.architectures import experts_modules
 from raymoe.checkpoint.checkpoint import Checkpoint, ExpertTensors
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import DeviceConfig
+from raymoe.engine.dispatch import Changes, Dispatcher
 from raymoe.errors import CapacityError, ConfigError, ExpertUnavailableError
 from raymoe.experts.build import make_worker
-from raymoe.experts.call import ExpertCall, expert_id, layer_and_expert
+from raymoe.experts.call import ExpertAnswer, ExpertCall, expert_id, layer_and_expert
 from raymoe.experts.host_store import HostStore
 from raymoe.experts.link import EmulatedLink, Link, MemoryLink
 from raymoe.experts.loader import ON_DEMAND, PREFETCH, ThreadLoader
 from raymoe.experts.shelf import Shelf
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.experts.worker import ExpertWorker, share_slots
-from raymoe.types import ExpertKey
+from raymoe.types import DeviceName, ExpertKey, LayerSize
 from tests.toy_models import save_toy
 
 EXPERT_BYTES = 8  # of the shelf's experts: two float32
@@ -698,3 +699,36 @@ def test_an_emulated_link_says_so(checkpoint: Checkpoint, tmp_path: Path) -> Non
     assert worker.report().emulated_link
     assert worker.has_slots
     worker.close()
+
+
+# --- news of residency ----------------------------------------------------------------------------------
+
+
+class Rotating:
+    """A worker with one slot: every call evicts the expert of the call before."""
+
+    def __init__(self) -> None:
+        self.here: int | None = None
+
+    def compute(self, call: ExpertCall) -> ExpertAnswer:
+        before, self.here = self.here, expert_id(call.layer, int(call.experts_P[0]))
+        evicted = () if before is None else (before,)
+        return ExpertAnswer(output_PH=call.hidden_RH, loads=1, loaded=(self.here,), evicted=evicted)
+
+
+def test_news_of_several_calls_tell_the_difference_only() -> None:
+    news: list[Changes] = []
+    name = DeviceName("edge")
+    dispatcher = Dispatcher(
+        (LayerSize(experts=8, expert_bytes=1, top_k=1),),
+        {ExpertKey(layer=0, expert=expert): name for expert in range(8)},
+        local={name: Rotating()},
+        remote=None,
+        timeout_s=TIMEOUT_S,
+        on_changes=news.append,
+    )
+    for experts in ([3], [4, 5, 6], [5, 6]):
+        for expert in experts:
+            dispatcher.compute(0, torch.zeros(1, 4), torch.tensor([[expert]]))
+        dispatcher.take_cost()
+    assert news == [{name: ([3], [])}, {name: ([6], [3])}]

@@ -1,0 +1,352 @@
+"""The command line: help that reads well, tables and JSON that agree, errors in one line with an exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import raymoe
+from raymoe import cli
+from raymoe.config import EMBEDDED_MODEL, ClusterConfig
+from raymoe.engine.request import Chunk, Usage
+from raymoe.errors import CheckpointError, ExpertUnavailableError, StartError
+from raymoe.observe import terminal
+from raymoe.observe.stats import ClusterStats, DeviceStats
+from raymoe.types import Routing
+from tests.toy_models import save_toy
+
+COMMANDS = ("serve", "generate", "inspect", "status", "synth", "version")
+
+
+def run(*arguments: str, **options: Any) -> Result:
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).invoke(cli.app, arguments, **options)
+
+
+def error_of(result: Result) -> str:
+    """The one line on standard error."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1 and result.stderr.strip().endswith(lines[0])
+    assert "Traceback" not in result.output
+    return lines[0].removeprefix("Error: ")
+
+
+# --- help -----------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_says_what_it_does() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "Serve a Mixture-of-Experts language model over a Ray cluster of small, bounded devices" in result.stdout
+    for command in COMMANDS:
+        assert f" {command} " in result.stdout
+
+
+def test_no_command_shows_the_help() -> None:
+    assert "Usage:" in run().output
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("serve", ["CONFIG", "--host", "127.0.0.1", "--port", "8000", "--name", "raymoe", "--chat", "Ctrl-C"]),
+        ("generate", ["PROMPT", "--config", "--max-tokens", "--temperature"]),
+        ("inspect", ["PATH", "--json", "Reads headers only"]),
+        ("status", ["--name", "--json"]),
+        ("synth", ["OUT", "--like", "qwen3_moe", "--size", "1GB", "--seed", "no tokenizer"]),
+        ("version", []),
+    ],
+)
+def test_help_of_a_command_shows_its_options_and_defaults(command: str, words: list[str]) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert all(word in result.stdout for word in words)
+    assert run(command, "-h").stdout == result.stdout
+
+
+def test_help_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from raymoe.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "sys.exit(len({'torch', 'ray', 'transformers', 'zmq'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_version_lists_what_it_stands_on() -> None:
+    lines = dict(line.split(" ", 1) for line in run("version").stdout.splitlines())
+    assert lines["raymoe"] == raymoe.__version__
+    assert {"ray", "torch", "transformers", "python"} <= set(lines)
+
+
+# --- inspect --------------------------------------------------------------------------------------------
+
+
+def test_inspect_describes_the_embedded_model() -> None:
+    facts = json.loads(run("inspect", "--json").stdout)
+    expert_bytes = 3 * 256 * 64 * 2
+    assert facts["path"] == str(EMBEDDED_MODEL)
+    assert (facts["model_type"], facts["architecture"]) == ("qwen2_moe", "Qwen2MoeForCausalLM")
+    assert (facts["dtype"], facts["top_k"]) == ("bfloat16", 4)
+    assert (facts["moe_layers"], facts["experts_per_layer"], facts["experts"]) == (8, 32, 256)
+    assert (facts["expert_bytes"], facts["routed_bytes"]) == (expert_bytes, 256 * expert_bytes)
+    assert facts["total_bytes"] == facts["trunk_bytes"] + facts["routed_bytes"]
+    assert [(item["bytes"], item["experts"]) for item in facts["budgets"]] == [
+        (expert_bytes, 1),
+        (4 * expert_bytes, 4),
+        (64 * expert_bytes, 64),
+        (128 * expert_bytes, 128),
+        (256 * expert_bytes, 256),
+    ]
+
+
+def test_inspect_shows_a_table() -> None:
+    result = run("inspect")
+    assert result.exit_code == 0
+    for words in ("qwen2_moe", "32 per layer, top-4, 256 in all", "96.0 KiB", "24.0 MiB", "6.6 MiB", "128 of 256"):
+        assert words in result.stdout
+
+
+def test_inspect_counts_in_the_precision_asked_for() -> None:
+    facts = json.loads(run("inspect", "--json", "--dtype", "float32").stdout)
+    assert (facts["dtype"], facts["expert_bytes"]) == ("float32", 3 * 256 * 64 * 4)
+
+
+def test_inspect_takes_a_path(tmp_path: Path) -> None:
+    facts = json.loads(run("inspect", str(save_toy("gpt_oss", tmp_path)), "--json").stdout)
+    assert (facts["model_type"], facts["moe_layers"], facts["experts_per_layer"]) == ("gpt_oss", 3, 8)
+
+
+# --- errors ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "/no/such/model"], "no such model directory: /no/such/model"),
+        (["inspect", "--dtype", "int8"], '--dtype is "int8", allowed is auto, float32, bfloat16, float16'),
+        (["serve", "/no/such.yaml"], "can't read the cluster config /no/such.yaml: No such file"),
+        (["generate", "--config", "/no/such.yaml"], "can't read the cluster config /no/such.yaml"),
+        (["generate", "--config", "a.yaml", "--model", "b"], "give either --config or --model"),
+        (["generate", "--model", "/no/such/model"], "no such model directory: /no/such/model"),
+        (["synth", "out", "--size", "huge"], '--size: "huge" is not a size; write bytes as a number or as "4MiB"'),
+        (["synth", "out", "--like", "llama"], 'no proportions are known for "llama"'),
+        (["synth", "out", "--dtype", "auto"], '--dtype is "auto", allowed is float32, bfloat16, float16'),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in error_of(result)
+    assert result.stdout == ""
+
+
+def test_a_wrong_field_is_named_with_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("devices:\n- name: a\n  slotmemory: 1MiB\n")
+    result = run("serve", str(file))
+    assert result.exit_code == 2
+    assert f"{file}: devices.0.slotmemory: no such field" in error_of(result)
+
+
+@pytest.mark.parametrize(("error", "code"), [(StartError("no"), 1), (ExpertUnavailableError("no"), 1)])
+def test_other_errors_exit_with_one(error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "describe_checkpoint", fail)
+    result = run("inspect")
+    assert (result.exit_code, error_of(result)) == (code, "no")
+
+
+def test_messages_of_several_lines_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise CheckpointError("first line\n  second [red]line[/red]")
+
+    monkeypatch.setattr(cli, "describe_checkpoint", fail)
+    assert error_of(run("inspect")) == "first line second [red]line[/red]"
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = run("--debug", "inspect", "/no/such/model")
+    assert isinstance(result.exception, CheckpointError)
+
+
+def test_faults_of_ours_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "describe_checkpoint", fail)
+    assert isinstance(run("inspect").exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["serve"], ["synth"], ["inspect", "--jsn"], ["serv"], ["serve", "x", "--port", "0"]]
+)
+def test_wrong_usage_exits_with_two(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+# --- synth ----------------------------------------------------------------------------------------------
+
+
+def test_synth_writes_a_checkpoint_that_inspect_reads(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("synth", str(out), "--like", "mixtral", "--size", "8MB")
+    assert result.exit_code == 0
+    assert f"{out}: mixtral, " in result.stdout and "4 layers x 8 experts, top-2" in result.stdout
+    facts = json.loads(run("inspect", str(out), "--json").stdout)
+    assert (facts["model_type"], facts["moe_layers"], facts["top_k"]) == ("mixtral", 4, 2)
+    assert 7e6 < facts["total_bytes"] <= 8e6
+
+
+def test_synth_tells_its_stages_in_a_log(tmp_path: Path) -> None:
+    lines = run("synth", str(tmp_path / "out"), "--size", "8MB").stderr.splitlines()
+    assert lines == ["loading raymoe", "choosing sizes", "writing model.safetensors", "done"]
+
+
+# --- generate -------------------------------------------------------------------------------------------
+
+
+class FakeMoe:
+    """Stands in for a running model; notes what it was asked."""
+
+    asked: tuple[Any, dict[str, Any]]
+    cluster: ClusterConfig
+
+    def __enter__(self) -> "FakeMoe":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+    def stream(self, prompt: Any, **options: Any) -> list[Chunk]:
+        self.asked = (prompt, options)
+        usage, routing = Usage(prompt_tokens=3, completion_tokens=2), Routing(hits=3, misses=1, bytes_loaded=2048)
+        last = Chunk(text=" time", token_ids=(2,), finish_reason="length", usage=usage, routing=routing)
+        return [Chunk(text="upon a", token_ids=(1,)), last]
+
+
+@pytest.fixture
+def moe(monkeypatch: pytest.MonkeyPatch) -> FakeMoe:
+    fake = FakeMoe()
+
+    def launch(cluster: ClusterConfig, **_options: Any) -> FakeMoe:
+        fake.cluster = cluster
+        return fake
+
+    monkeypatch.setattr(raymoe, "launch", launch, raising=False)
+    return fake
+
+
+def test_generate_streams_text_and_tells_the_cost_apart(moe: FakeMoe) -> None:
+    result = run("generate", "Once", "--max-tokens", "2", "--temperature", "0", "--seed", "5")
+    assert result.exit_code == 0
+    assert result.stdout == "upon a time\n"
+    assert "2 tokens in " in result.stderr and "75.0% of experts were resident, 2.0 KiB loaded" in result.stderr
+    assert moe.asked == ("Once", {"max_tokens": 2, "temperature": 0.0, "seed": 5})
+
+
+def test_generate_uses_one_local_cpu_and_the_embedded_model_by_default(moe: FakeMoe) -> None:
+    run("generate")
+    assert [(device.kind, device.transport) for device in moe.cluster.devices] == [("cpu", "local")]
+    assert moe.cluster.model.path is None
+
+
+def test_generate_takes_a_model_a_chat_message_or_standard_input(moe: FakeMoe) -> None:
+    run("generate", "Hello", "--chat", "--model", "/models/x")
+    assert moe.asked[0] == [{"role": "user", "content": "Hello"}]
+    assert moe.cluster.model.path == "/models/x"
+    run("generate", "-", input="from a pipe")
+    assert moe.asked[0] == "from a pipe"
+
+
+# --- output ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1,023 B"),
+        (1024, "1.0 KiB"),
+        (98_304, "96.0 KiB"),
+        (1 << 20, "1.0 MiB"),
+        (3 << 40, "3.0 TiB"),
+    ],
+)
+def test_bytes_read_well(count: int, text: str) -> None:
+    assert terminal.format_bytes(count) == text
+
+
+def device_stats(name: str, **changes: Any) -> DeviceStats:
+    values: dict[str, Any] = {
+        "name": name, "kind": "cpu", "transport": "zmq", "state": "up", "node": "n", "pid": 4242,
+        "emulated_link": False,
+        "slot_budget_bytes": 1 << 20, "peak_slot_bytes": 1 << 20, "host_bytes": 0, "owned": 128, "resident": 10,
+        "resident_experts": (), "calls": 1, "hits": 3, "misses": 1, "loads": 1, "bytes_loaded": 98_304, "evictions": 0,
+        "prefetches": 0, "prefetches_refused": 0,
+    }  # fmt: skip
+    return DeviceStats(**values | changes)
+
+
+def test_status_shows_every_device_and_marks_emulation(capsys: pytest.CaptureFixture[str]) -> None:
+    devices = {
+        "a": device_stats("a", emulated_link=True),
+        "b": device_stats("b", slot_budget_bytes=None, state="down"),
+    }
+    terminal.show_status(ClusterStats(app="demo", devices=devices, replication=2))
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("demo", "2 owner(s) per expert", "emulated", "down", "10/128", "75.0%", "96.0 KiB", "4242"):
+        assert words in shown
+
+
+class Answer:
+    """An HTTP response of server-sent events."""
+
+    def __init__(self, *lines: str) -> None:
+        self.lines = [line.encode() for line in lines]
+
+    def __enter__(self) -> list[bytes]:
+        return self.lines
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+
+def test_the_first_chat_streams_its_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sent: list[Any] = []
+
+    def urlopen(request: Any, timeout: float) -> Answer:
+        sent.append((request.full_url, json.loads(request.data)))
+        piece = 'data: {"choices": [{"delta": {"content": "%s"}}]}\n'
+        return Answer(piece % "Hel", "\n", piece % "lo", 'data: {"choices": []}\n', "data: [DONE]\n")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    cli.stream_chat("http://127.0.0.1:1", "tiny", "Hi")
+    assert capsys.readouterr().out == "> Hi\nHello\n"
+    url, body = sent[0]
+    assert url == "http://127.0.0.1:1/v1/chat/completions"
+    assert (body["model"], body["stream"], body["messages"]) == ("tiny", True, [{"role": "user", "content": "Hi"}])
+
+
+def test_a_failing_first_chat_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    event = 'data: {"error": {"message": "worker edge-0 is gone"}}\n'
+    monkeypatch.setattr("urllib.request.urlopen", lambda _request, timeout: Answer(event, "data: [DONE]\n"))
+    with pytest.raises(StartError, match="the chat request failed: worker edge-0 is gone"):
+        cli.stream_chat("http://127.0.0.1:1", "tiny", "Hi")
+
+
+def test_a_server_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_request: Any, timeout: float) -> Answer:
+        raise ConnectionRefusedError("connection refused")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(StartError, match="the chat request failed: connection refused"):
+        cli.stream_chat("http://127.0.0.1:1", "tiny", "Hi")

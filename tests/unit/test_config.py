@@ -1,0 +1,231 @@
+"""Configuration: sizes, strictness, and messages that name the file and the field."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+import deployments
+from raymoe.config import EMBEDDED_MODEL, ClusterConfig, DeviceConfig, ModelConfig, parse_size_bytes
+from raymoe.errors import ConfigError
+
+DEPLOYMENTS = sorted(Path(deployments.__file__).parent.glob("*.yaml"))
+
+
+def device(**fields: Any) -> dict[str, Any]:
+    return {"name": "edge-0", **fields}
+
+
+def refused(data: dict[str, Any]) -> str:
+    """The message of a configuration that must not pass."""
+    with pytest.raises(ConfigError) as caught:
+        ClusterConfig.parse(data)
+    return str(caught.value)
+
+
+# --- sizes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("4MiB", 4 << 20),
+        ("200MB", 200_000_000),
+        ("1.5GiB", 3 << 29),
+        ("1GB", 10**9),
+        ("2TiB", 2 << 40),
+        ("64KiB", 65_536),
+        ("64kb", 64_000),
+        ("17", 17),
+        ("17B", 17),
+        (" 4 mib ", 4 << 20),
+    ],
+)
+def test_sizes_in_words(text: str, count: int) -> None:
+    assert DeviceConfig.model_validate(device(slot_memory=text)).slot_memory == count
+
+
+@given(st.integers(1, 10**15))
+def test_sizes_in_numbers_stay_as_they_are(count: int) -> None:
+    assert parse_size_bytes(count) == parse_size_bytes(str(count)) == count
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "4 M i B", "4MiBs", "-4MiB", "4,5MiB", "1e6", "0x10", "4Mi"])
+def test_what_is_not_a_size_is_refused_with_examples(text: str) -> None:
+    message = refused({"devices": [device(slot_memory=text)]})
+    assert f'devices.0.slot_memory: "{text}" is not a size; write bytes as a number or as "4MiB"' in message
+
+
+@pytest.mark.parametrize("value", [0, "0MiB", -5])
+def test_a_size_is_at_least_one_byte(value: Any) -> None:
+    assert "devices.0.slot_memory: Input should be greater than 0" in refused({"devices": [device(slot_memory=value)]})
+
+
+# --- strictness -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [
+        ({"modle": {}}, "modle"),
+        ({"model": {"pth": "x"}}, "model.pth"),
+        ({"devices": [{"name": "a", "slotmemory": 1}]}, "devices.0.slotmemory"),
+        ({"devices": [device(link={"bytes_per_s": 1, "latency": 0})]}, "devices.0.link.latency"),
+        ({"trunk": {"devise": "cpu"}}, "trunk.devise"),
+        ({"scheduling": {"polcy": "on_demand"}}, "scheduling.polcy"),
+        ({"serving": {"port": 8000}}, "serving.port"),
+    ],
+)
+def test_unknown_fields_are_refused_by_name(data: dict[str, Any], place: str) -> None:
+    assert f"{place}: no such field; check the spelling" in refused(data)
+
+
+def test_one_wrong_field_is_one_line() -> None:
+    """The list of devices is not called empty because its only device is wrong."""
+    assert "at least 1 item" not in refused({"devices": [{"name": "a", "slotmemory": 1}]})
+
+
+def test_every_wrong_field_is_named() -> None:
+    message = refused({"model": {"dtype": "int8"}, "replication": 0, "trunk": {"max_running": 0}})
+    assert "model.dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'" in message
+    assert "replication" in message
+    assert "trunk.max_running: Input should be greater than or equal to 1" in message
+
+
+def test_device_names_are_unique() -> None:
+    message = refused({"devices": [device(), device(name="b"), device(), device(name="b"), device(name="c")]})
+    assert "device names must be unique, but b, edge-0 is used more than once" in message
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "a:b", "x" * 64, "é"])
+def test_device_names_are_plain(name: str) -> None:
+    assert "devices.0.name" in refused({"devices": [{"name": name}]})
+
+
+@pytest.mark.parametrize("kind", ["gpu", "cuda", "cuda:x", "cuda:-1", "CPU", "mps"])
+def test_kinds_are_cpu_or_a_numbered_gpu(kind: str) -> None:
+    assert "devices.0.kind" in refused({"devices": [device(kind=kind)]})
+
+
+def test_an_emulated_link_on_a_gpu_is_refused() -> None:
+    message = refused({"devices": [device(kind="cuda:0", slot_memory="1GiB", link={"bytes_per_s": "1GB"})]})
+    assert 'device "edge-0": "link" emulates a bus and works on kind "cpu" only, not "cuda:0"; a real GPU' in message
+
+
+def test_a_gpu_needs_a_budget() -> None:
+    message = refused({"devices": [device(kind="cuda:0")]})
+    assert 'device "edge-0" of kind "cuda:0" needs "slot_memory", for example "2GiB"' in message
+
+
+@pytest.mark.parametrize("link", [{}, {"bytes_per_s": 0}, {"bytes_per_s": 1, "latency_s": -1}, {"latency_s": 0.1}])
+def test_a_link_needs_a_rate(link: dict[str, Any]) -> None:
+    assert "devices.0.link." in refused({"devices": [device(link=link)]})
+
+
+def test_a_cluster_needs_a_device() -> None:
+    assert "devices" in refused({"devices": []})
+
+
+def test_more_owners_than_devices_are_refused() -> None:
+    message = refused({"devices": [device()], "replication": 2})
+    assert "replication 2 needs as many devices, but only 1 are listed" in message
+
+
+def test_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        ClusterConfig().model = ModelConfig()  # type: ignore[misc]
+
+
+# --- defaults -------------------------------------------------------------------------------------------
+
+
+def test_nothing_configured_is_the_embedded_model_on_one_cpu() -> None:
+    config = ClusterConfig()
+    assert config.model.source == str(EMBEDDED_MODEL)
+    assert config.model.served_name == "tiny-moe"
+    assert [(item.kind, item.link, item.slot_memory) for item in config.devices] == [("cpu", None, None)]
+    assert (config.replication, config.scheduling.policy) == ("auto", "on_demand")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ({"path": "/models/Qwen3-30B-A3B/"}, "Qwen3-30B-A3B"),
+        ({"path": "Qwen/Qwen3-30B-A3B"}, "Qwen3-30B-A3B"),
+        ({"path": "/models/x", "name": "mine"}, "mine"),
+    ],
+)
+def test_the_served_name_is_the_last_part_of_the_path(model: dict[str, str], name: str) -> None:
+    assert ModelConfig.model_validate(model).served_name == name
+
+
+def test_a_configuration_survives_json() -> None:
+    config = ClusterConfig.model_validate(
+        {"devices": [device(slot_memory="4MiB", link={"bytes_per_s": "200MB"}), device(name="b")], "replication": 2}
+    )
+    assert ClusterConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_configuration_loads_without_torch_and_ray() -> None:
+    code = (
+        "import sys, raymoe.config, raymoe; sys.exit(len({'torch', 'ray', 'transformers', 'zmq'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"can't read the cluster config .*absent\.yaml: No such file"):
+        ClusterConfig.load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("devices: [", r"(?s)cluster\.yaml is not valid YAML: .*line 1"),
+        ("- a\n- b\n", r"cluster\.yaml must hold a mapping with keys such as model, devices; found list"),
+        ("", r"must hold a mapping .* found NoneType"),
+        ("devices:\n- name: a\n  slot_memory: lots\n", r'cluster\.yaml: devices\.0\.slot_memory: "lots" is not a size'),
+        ("model: tiny\n", r"cluster\.yaml: model: "),
+        ("1: 2\n", r"cluster\.yaml: 1: "),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_field(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        ClusterConfig.load(file)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"cluster\.yaml"):
+        ClusterConfig.load(file)
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"can't read the cluster config .*: Is a directory"):
+        ClusterConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize("file", DEPLOYMENTS, ids=lambda file: file.name)
+def test_every_deployment_file_parses(file: Path) -> None:
+    data = yaml.safe_load(file.read_text())
+    if "applications" in data:  # a Serve config: the cluster configuration is in its arguments
+        for application in data["applications"]:
+            ClusterConfig.parse(application["args"], where=file.name)
+    else:
+        ClusterConfig.load(file)
+
+
+def test_there_are_deployment_files() -> None:
+    assert {"local.yaml", "edge.yaml", "serve-local.yaml"} <= {file.name for file in DEPLOYMENTS}
