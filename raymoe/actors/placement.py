@@ -2,6 +2,9 @@
 
 Ray calls carry lifecycle and configuration; what happens per step arrives on a ZeroMQ socket. Everything it
 knows can be gathered from the workers again, so a restart loses nothing.
+
+Ray imports an actor's class wherever the actor is looked up, in the ingress for example, so this module must be light
+to import: torch and all that stands on it comes in within methods.
 """
 
 import contextlib
@@ -9,14 +12,13 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from raymoe.actors.names import NAMESPACE, placement_name, worker_name
-from raymoe.actors.worker import WorkerInfo, WorkerShell
 from raymoe.config import ClusterConfig, DeviceConfig
 from raymoe.errors import RaymoeError, StartError
 from raymoe.observe.stats import ClusterStats, DeviceStats
@@ -30,10 +32,13 @@ from raymoe.placement.ownership import (
     replication_factor,
 )
 from raymoe.placement.state import ClusterState, Holders
-from raymoe.transport.frames import Limits
-from raymoe.transport.placement import PlacementServer
-from raymoe.transport.sockets import Endpoint
 from raymoe.types import DeviceName, ExpertKey, LayerSize
+
+if TYPE_CHECKING:
+    from raymoe.actors.worker import WorkerInfo
+    from raymoe.transport.frames import Limits
+    from raymoe.transport.placement import PlacementServer
+    from raymoe.transport.sockets import Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +54,8 @@ class ClusterView:
     """What an engine needs: owners, where the workers listen, and the placement actor's own socket."""
 
     ownership: Ownership
-    endpoints: dict[DeviceName, Endpoint]
-    placement: Endpoint
+    endpoints: "dict[DeviceName, Endpoint]"
+    placement: "Endpoint"
     replication: int
     nodes: dict[DeviceName, str]
 
@@ -58,7 +63,7 @@ class ClusterView:
 class PlacementShell:
     """One application's placement actor."""
 
-    def __init__(self, app: str, config: dict[str, Any], sizes: tuple[LayerSize, ...], limits: Limits) -> None:
+    def __init__(self, app: str, config: dict[str, Any], sizes: tuple[LayerSize, ...], limits: "Limits") -> None:
         self._app = app
         self._config = ClusterConfig.model_validate(config)
         self._sizes = sizes
@@ -124,6 +129,8 @@ class PlacementShell:
             address = self._config.bind or ("127.0.0.1" if alone else self._infos[name].address)
             self._endpoints[name] = _get(handle.serve.remote(address, tuple(self._clients)), REPORT_TIMEOUT_S * 6)
         if self._server is None:
+            from raymoe.transport.placement import PlacementServer
+
             own_address = self._config.bind or ("127.0.0.1" if alone else ray.util.get_node_ip_address())
             self._server = PlacementServer(self._state, own_address, self._limits)
         self._server.clients.keys.add(client_key)
@@ -172,6 +179,8 @@ class PlacementShell:
     # --- within -----------------------------------------------------------------------------------------
 
     def _find_or_create(self, device: DeviceConfig) -> ActorHandle:
+        from raymoe.actors.worker import WorkerShell
+
         name = worker_name(self._app, device.name)
         try:
             return ray.get_actor(name, NAMESPACE)
@@ -195,7 +204,7 @@ class PlacementShell:
         remote_class: Any = ray.remote(WorkerShell)
         return remote_class.options(**options).remote(model, device.model_dump(mode="json"), self._limits)
 
-    def _describe(self, name: DeviceName, handle: ActorHandle) -> WorkerInfo:
+    def _describe(self, name: DeviceName, handle: ActorHandle) -> "WorkerInfo":
         try:
             return _get(handle.describe.remote(), START_TIMEOUT_S)
         except GetTimeoutError as error:

@@ -5,6 +5,9 @@ each in one call. Modules keep their own forward for every other shape, so prefi
 as before. A norm is replaced only if, on random input, the kernel gives what the module gives.
 """
 
+import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ def use_native_kernels(model: PreTrainedModel) -> int:
     kernels = load_native(torch.get_num_threads())
     if kernels is None:
         return 0
-    if model.config._attn_implementation == "sdpa" and kernels.supports(model.dtype, model.device):
+    if takes_any_attention(model) and kernels.supports(model.dtype, model.device):
         model.set_attn_implementation(ATTENTION)
         for module in model.modules():
             module.raymoe_kernels = kernels  # type: ignore[assignment]
@@ -42,6 +45,16 @@ def use_native_kernels(model: PreTrainedModel) -> int:
             module.forward = replacement
             changed += 1
     return changed
+
+
+def takes_any_attention(model: PreTrainedModel) -> bool:
+    """Whether the model attends through ``sdpa`` and does not care for the implementation's name.
+
+    Architectures with sparse attention, for example, build their masks by that name; they keep what they have.
+    """
+    source = Path(inspect.getfile(type(model).__mro__[1])).read_text(encoding="utf-8")
+    by_name = re.search(r"_attn_implementation\s*(in\b|==|!=|not\b)", source)
+    return model.config._attn_implementation == "sdpa" and by_name is None
 
 
 def replacement_for(module: nn.Module, kernels: NativeKernels) -> "OneRowLinear | SmallNorm | None":
