@@ -359,3 +359,7 @@ def show_event(event: dict[str, Any]) -> None:
         raise StartError(f"the chat request failed: {event['error'].get('message')}")
     for choice in event.get("choices", ()):
         typer.echo(choice.get("delta", {}).get("content") or "", nl=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -162,6 +162,8 @@ class ClusterConfig(StrictModel):
             text = file.read_text()
         except OSError as error:
             raise ConfigError(f"can't read the cluster config {file}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} is not a text file: {error}") from error
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -184,7 +186,11 @@ class ClusterConfig(StrictModel):
 def describe(error: ValidationError) -> str:
     """One line per wrong field: its path, what is wrong, what was given."""
     lines = []
-    for item in error.errors():
+    errors = error.errors()
+    for item in errors:
+        within = any(other is not item and other["loc"][: len(item["loc"])] == item["loc"] for other in errors)
+        if item["type"] == "too_short" and within:  # a list is only short because its items are wrong
+            continue
         place = ".".join(str(part) for part in item["loc"]) or "(whole)"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":

@@ -105,7 +105,7 @@ class ExpertWorker:
         Raises CapacityError where the slot budget is less than one expert.
         """
         keys = list(keys)
-        if self.has_slots and not self._shelves:
+        if self.has_slots and not self._shelves and keys:
             self._make_slots(keys)
         self.store.load(keys, progress)
         for key in keys:
