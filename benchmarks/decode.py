@@ -220,22 +220,30 @@ def synthetic_checkpoint() -> Path:
     return path
 
 
+ENGINE_MEMORY = """
+import sys, psutil, ray, raymoe
+import raymoe.actors.session
+ray.init(log_to_driver=False, include_dashboard=False)
+def private():
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared
+before = private()
+config = {'model': {'path': sys.argv[1]}, 'devices': [{'name': 'a'}, {'name': 'b'}], 'replication': 1}
+with raymoe.launch(config) as moe:
+    moe.generate(list(range(16)), max_tokens=8, ignore_eos=True)
+    print(private() - before)
+"""
+
+
 def engine_memory() -> list[Figure]:
-    """Resident memory of an engine whose experts live in worker processes, in bytes of routed experts."""
+    """How much an engine grows whose experts live in worker processes, beyond its trunk, over the experts' bytes."""
     path = synthetic_checkpoint()
     checkpoint = open_checkpoint(path)
-    code = (
-        "import sys, psutil, raymoe\n"
-        "config = {'model': {'path': sys.argv[1]}, 'devices': [{'name': 'a'}, {'name': 'b'}], 'replication': 1}\n"
-        "with raymoe.launch(config) as moe:\n"
-        "    moe.generate(list(range(16)), max_tokens=8, ignore_eos=True)\n"
-        "    print(psutil.Process().memory_info().rss - psutil.Process().memory_info().shared)\n"
-    )
-    output = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
-    resident = int(output.stdout.split()[-1])
-    share = (resident - checkpoint.trunk_bytes) / checkpoint.routed_bytes
+    command = [sys.executable, "-c", ENGINE_MEMORY, str(path)]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    share = (grown - checkpoint.trunk_bytes) / checkpoint.routed_bytes
     trunk, routed = checkpoint.trunk_bytes / 1e6, checkpoint.routed_bytes / 1e6
-    note = f"{resident / 1e6:.0f} MB private, {trunk:.0f} of it trunk; experts are {routed:.0f} MB"
+    note = f"grew by {grown / 1e6:.0f} MB for a trunk of {trunk:.0f} MB; the experts are {routed:.0f} MB"
     return [figure("engine_memory_over_experts", [share], "", note)]
 
 

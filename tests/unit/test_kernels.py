@@ -1,0 +1,157 @@
+"""Native kernels give what torch gives, whatever the number of threads; skipped where no compiler is."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from raymoe.experts.compute import WeightTable
+from raymoe.kernels import native
+from raymoe.kernels.native import NativeKernels, load_native
+from raymoe.model.fast import OneRowLinear, SmallNorm, small_norm
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture
+def kernels() -> NativeKernels:
+    loaded = load_native(1)
+    if loaded is None:
+        pytest.skip("no C++ compiler")
+    return loaded
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    return torch.allclose(actual.float(), expected.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 4)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows,columns", [(1, 1), (7, 33), (64, 128), (129, 40)])
+def test_linear(kernels: NativeKernels, dtype: torch.dtype, rows: int, columns: int) -> None:
+    weight, bias, x = random(rows, columns, dtype=dtype), random(rows, dtype=dtype), random(1, columns, dtype=dtype)
+    out = torch.full((1, rows), torch.nan, dtype=dtype)
+    kernels.linear(x, weight, bias, out)
+    assert close(out, x.float() @ weight.float().T + bias.float(), dtype)
+
+
+@DTYPES
+def test_experts(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    hidden, inner, count = 40, 24, 5
+    table = WeightTable(count)
+    for index in range(count):
+        weights = {
+            "gate_up_proj": random(2 * inner, hidden + index, dtype=dtype)[:, :hidden].contiguous(),
+            "down_proj": random(hidden, inner + index, dtype=dtype)[:, :inner].contiguous(),
+        }
+        table.put(index, weights)
+    x = random(3, hidden, dtype=dtype)
+    index = np.array([4, 0, 0, 2], dtype=np.int32)
+    rows = np.array([0, 2, 1, 2], dtype=np.int32)
+    out = torch.full((4, hidden), torch.nan, dtype=dtype)
+    kernels.experts(table.first_pointers, table.down_pointers, index, x, rows, inner, out)
+    for pair in range(4):
+        weights = table.tensors[index[pair]]
+        assert weights is not None
+        gate, up = nn.functional.linear(x[rows[pair]], weights["gate_up_proj"]).chunk(2)
+        assert close(out[pair], nn.functional.linear(nn.functional.silu(gate) * up, weights["down_proj"]), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("heads,kv_heads,length,d,dv", [(8, 2, 37, 64, 64), (4, 4, 300, 48, 32), (6, 1, 1, 24, 16)])
+def test_attention(
+    kernels: NativeKernels, dtype: torch.dtype, heads: int, kv_heads: int, length: int, d: int, dv: int
+) -> None:
+    q, k = random(1, heads, 1, d, dtype=dtype), random(1, kv_heads, length, d, dtype=dtype)
+    v = random(1, kv_heads, length + 3, dv, dtype=dtype)[:, :, 3:]  # a view with a stride of its own
+    out = torch.full((heads, dv), torch.nan, dtype=dtype)
+    kernels.attention(q.reshape(heads, d), k[0], v[0], 0.2, out)
+    expected = nn.functional.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), scale=0.2, enable_gqa=heads != kv_heads
+    )
+    assert close(out, expected[0, :, 0], dtype)
+
+
+@DTYPES
+def test_the_number_of_threads_does_not_change_a_bit(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    many = load_native(4)
+    assert many is not None
+    weight, x = random(2048, 512, dtype=dtype), random(1, 512, dtype=dtype)
+    alone, together = torch.empty(1, 2048, dtype=dtype), torch.empty(1, 2048, dtype=dtype)
+    kernels.linear(x, weight, None, alone)
+    for _ in range(50):
+        together.fill_(torch.nan)
+        many.linear(x, weight, None, together)
+        assert torch.equal(alone, together)
+
+
+class PlainNorm(nn.Module):
+    """As most architectures have it; ``offset`` as in those that store the weight minus one."""
+
+    def __init__(self, size: int, dtype: torch.dtype, offset: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(random(size, dtype=dtype) * 0.1 + 1 - offset)
+        self.variance_epsilon = 1e-6
+        self.offset = offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        if self.offset:
+            return (normal * (self.offset + self.weight.float())).to(x.dtype)
+        return self.weight * normal.to(x.dtype)
+
+
+class OtherNorm(PlainNorm):
+    """Not a root mean square norm, whatever its name would say."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+@DTYPES
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_norm_is_replaced_where_the_kernel_does_the_same(
+    kernels: NativeKernels, dtype: torch.dtype, offset: float
+) -> None:
+    module = PlainNorm(48, dtype, offset)
+    replacement = small_norm(module, kernels)
+    assert isinstance(replacement, SmallNorm)
+    x = random(1, 2, 48, dtype=dtype)
+    with torch.no_grad():
+        assert close(replacement(x), module(x), dtype)
+
+
+def test_a_norm_that_does_something_else_keeps_its_own_forward(kernels: NativeKernels) -> None:
+    assert small_norm(OtherNorm(48, torch.float32, 0.0), kernels) is None
+
+
+def test_more_than_one_row_takes_the_modules_own_way(kernels: NativeKernels) -> None:
+    module = nn.Linear(16, 8).requires_grad_(False)
+    x = random(3, 16, dtype=torch.float32)
+    assert torch.equal(OneRowLinear(module, kernels)(x), module(x))
+
+
+def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYMOE_NATIVE", "0")
+    native._library.cache_clear()
+    try:
+        assert load_native(1) is None
+    finally:
+        monkeypatch.undo()
+        native._library.cache_clear()
+
+
+def test_without_a_working_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._library.cache_clear()
+    try:
+        assert load_native(1) is None
+    finally:
+        monkeypatch.undo()
+        native._library.cache_clear()
