@@ -1,0 +1,1 @@
+"""Forecasts of routing. Nothing here yet; it will know no actor, engine or placement."""

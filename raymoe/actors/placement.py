@@ -77,6 +77,7 @@ class PlacementShell:
         self._server: PlacementServer | None = None
         self._replication = 1
         self._start_lock = threading.Lock()
+        self._rebuild()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     # --- lifecycle --------------------------------------------------------------------------------------
@@ -167,6 +168,7 @@ class PlacementShell:
             try:
                 report, dropped = ray.get(reference, timeout=REPORT_TIMEOUT_S)
             except RayError:
+                devices[str(name)] = down_stats(kinds[name], node=self._infos[name].node, pid=self._infos[name].pid)
                 continue
             info = self._infos[name]
             devices[str(name)] = device_stats(
@@ -177,6 +179,18 @@ class PlacementShell:
         )
 
     # --- within -----------------------------------------------------------------------------------------
+
+    def _rebuild(self) -> None:
+        """Where workers run already, this actor was restarted: ask them what they own and where they listen."""
+        for device in self._config.devices:
+            name = DeviceName(device.name)
+            with contextlib.suppress(ValueError, RayError):
+                handle = ray.get_actor(worker_name(self._app, device.name), NAMESPACE)
+                info: Any = ray.get(handle.describe.remote(), timeout=REPORT_TIMEOUT_S)
+                self._workers[name], self._infos[name] = handle, info
+                self._state.ownership[name] = info.owned
+                if info.endpoint is not None:
+                    self._endpoints[name] = info.endpoint
 
     def _find_or_create(self, device: DeviceConfig) -> ActorHandle:
         from raymoe.actors.worker import WorkerShell
@@ -276,6 +290,25 @@ def device_stats(device: DeviceConfig, report: Any, *, node: str, pid: int, drop
         resident_experts=report.resident,
         dropped_messages=dropped_messages,
         **values,
+    )
+
+
+def down_stats(device: DeviceConfig, *, node: str, pid: int) -> DeviceStats:
+    """The line of a device whose worker does not answer: nothing is known but where it was."""
+    unknown = dict.fromkeys(("peak_slot_bytes", "host_bytes", "owned", "resident", "calls", "hits", "misses"), 0)
+    totals = dict.fromkeys(("loads", "bytes_loaded", "evictions", "prefetches", "prefetches_refused"), 0)
+    return DeviceStats(
+        name=device.name,
+        kind=device.kind,
+        transport=device.transport,
+        state="down",
+        node=node,
+        pid=pid,
+        emulated_link=device.link is not None,
+        slot_budget_bytes=device.slot_memory,
+        resident_experts=(),
+        **unknown,
+        **totals,
     )
 
 

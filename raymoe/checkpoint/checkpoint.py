@@ -13,7 +13,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from raymoe.checkpoint.layout import ParameterLayout
 from raymoe.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
-from raymoe.errors import CheckpointError
 from raymoe.types import ExpertKey, LayerSize
 
 ExpertTensors = dict[str, torch.Tensor]
@@ -133,9 +132,3 @@ class Checkpoint:
         """Close all files. Mapped tensors stay valid."""
         for file in self._files.values():
             file.close()
-
-
-def check_key(checkpoint: Checkpoint, key: ExpertKey) -> None:
-    """Raise CheckpointError unless ``key`` names an expert of this checkpoint."""
-    if not 0 <= key.layer < len(checkpoint.layers) or not 0 <= key.expert < checkpoint.layers[key.layer].num_experts:
-        raise CheckpointError(f"{checkpoint.path} has no expert {key.expert} in MoE layer {key.layer}")

@@ -3,10 +3,9 @@
 Runs without Ray. The launcher uses it inside the caller's process, the Serve deployment inside its replica.
 """
 
-import asyncio
 import json
 import queue
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,30 +115,6 @@ class ModelService:
     def generate(self, prompt: Prompt, **options: Any) -> Result:
         """A whole answer; see ``stream`` for the options."""
         return collect(list(self.stream(prompt, **options)))
-
-    async def stream_async(self, prompt: Prompt, params: SamplingParams) -> AsyncIterator[Chunk]:
-        """Like ``stream`` on an event loop; cancelling the consumer cancels the request."""
-        loop = asyncio.get_running_loop()
-        chunks: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
-        encoded = self.encode(prompt)
-        defaults = self.chat_defaults if is_chat(prompt) else self.defaults
-
-        def deliver(item: Chunk | BaseException) -> None:
-            loop.call_soon_threadsafe(chunks.put_nowait, item)
-
-        request = self._engine.submit(encoded, params, deliver, defaults)
-        finished = False
-        try:
-            while not finished:
-                item = await asyncio.wait_for(chunks.get(), self.config.serving.request_timeout_s)
-                if isinstance(item, BaseException):
-                    finished = True
-                    raise item
-                finished = item.finish_reason is not None
-                yield item
-        finally:
-            if not finished:
-                self.cancel(request)
 
     # --- prompts ----------------------------------------------------------------------------------------
 

@@ -54,8 +54,3 @@ class ClusterState:
         here = self.resident.setdefault(device, set())
         here.difference_update(evicted)
         here.update(loaded)
-
-
-def prefetch_orders(policy: str, state: ClusterState, forecast: dict[int, float]) -> dict[DeviceName, dict[int, float]]:
-    """Which experts to load ahead where, with their scores. The plain policies here load on demand only."""
-    return {}

@@ -36,7 +36,6 @@ class Kind(IntEnum):
     PONG = 5
     PREFETCH = 6
     RESIDENCY = 7
-    FORECAST = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

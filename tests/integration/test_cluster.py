@@ -16,9 +16,11 @@ from ray.cluster_utils import Cluster
 from transformers import AutoModelForCausalLM
 
 import raymoe
-from raymoe.actors.names import NAMESPACE
+from raymoe.actors.names import NAMESPACE, placement_name, worker_name
+from raymoe.actors.session import cluster_status
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
 from raymoe.errors import CapacityError, CheckpointError, StartError
+from raymoe.observe.stats import DeviceStats
 from raymoe.serve.app import build_application
 from tests.toy_models import reference_tokens
 
@@ -69,6 +71,18 @@ def wait_until_no_actors() -> None:
     assert raymoe_actors() == []
 
 
+def status_once_it_answers(app: str) -> dict[str, DeviceStats]:
+    """The devices that the placement actor of ``app`` knows, once it has come back."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            return cluster_status(app).devices
+        except StartError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
 def two_boxes(**more) -> dict:
     return {
         "model": {"dtype": "float32"},
@@ -111,6 +125,25 @@ def test_leaving_launch_ends_every_actor(cluster: Cluster) -> None:
     with raymoe.launch(two_boxes()) as moe:
         assert len(raymoe_actors()) == 3
         assert moe.generate(PROMPT, max_tokens=2).usage.completion_tokens == 2
+    wait_until_no_actors()
+
+
+def test_a_placement_actor_that_dies_comes_back_and_asks_the_workers(cluster: Cluster) -> None:
+    with raymoe.launch(two_boxes(), app="rebuilt") as moe:
+        before = moe.stats().devices
+        ray.kill(ray.get_actor(placement_name("rebuilt"), NAMESPACE), no_restart=False)
+        assert moe.generate(PROMPT, max_tokens=4).usage.completion_tokens == 4
+        after = status_once_it_answers("rebuilt")
+        assert {name: device.pid for name, device in after.items()} == {n: d.pid for n, d in before.items()}
+        assert sum(device.owned for device in after.values()) == sum(device.owned for device in before.values())
+    wait_until_no_actors()
+
+
+def test_a_worker_that_is_gone_is_shown_as_down(cluster: Cluster) -> None:
+    with raymoe.launch(two_boxes(), app="lossy") as moe:
+        ray.kill(ray.get_actor(worker_name("lossy", "jetson"), NAMESPACE), no_restart=True)
+        states = {name: device.state for name, device in moe.stats().devices.items()}
+        assert states == {"mini-pc": "healthy", "jetson": "down"}
     wait_until_no_actors()
 
 
