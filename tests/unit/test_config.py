@@ -1,5 +1,6 @@
 """Configuration: sizes, strictness, and messages that name the file and the field."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -229,3 +230,9 @@ def test_every_deployment_file_parses(file: Path) -> None:
 
 def test_there_are_deployment_files() -> None:
     assert {"local.yaml", "edge.yaml", "serve-local.yaml"} <= {file.name for file in DEPLOYMENTS}
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = runpy.run_path(str(docs / "generate_configuration.py"))["page"]()
+    assert (docs / "configuration.md").read_text() == page, "run python docs/generate_configuration.py"
