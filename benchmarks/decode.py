@@ -223,7 +223,7 @@ def synthetic_checkpoint() -> Path:
 ENGINE_MEMORY = """
 import sys, psutil, ray, raymoe
 import raymoe.actors.session
-ray.init(log_to_driver=False, include_dashboard=False)
+ray.init("local", log_to_driver=False, include_dashboard=False)
 def private():
     memory = psutil.Process().memory_info()
     return memory.rss - memory.shared

@@ -19,6 +19,6 @@ def ray_session() -> Iterator[None]:
     """A local Ray cluster for one test module."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

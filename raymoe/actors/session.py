@@ -28,7 +28,7 @@ from raymoe.errors import RaymoeError, StartError
 from raymoe.experts.build import make_worker
 from raymoe.experts.worker import ExpertWorker
 from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats
-from raymoe.placement.ownership import Capacity, Ownership, assign, primary_owners
+from raymoe.placement.ownership import Capacity, Ownership, assign, check_fits, primary_owners
 from raymoe.transport.client import WorkerClient
 from raymoe.transport.frames import Limits
 from raymoe.transport.placement import PlacementClient
@@ -76,6 +76,7 @@ class Session:
     def _connect(self, on_stage: OnStage) -> Dispatcher:
         local = [device for device in self.config.devices if device.transport == "local"]
         remote = [device for device in self.config.devices if device.transport == "zmq"]
+        check_promised_memory(self.config, self.checkpoint)
         set_threads(self.config, len(remote))
         self._local = {DeviceName(device.name): make_worker(self.checkpoint, device) for device in local}
         memory = local_memory(local)
@@ -173,6 +174,17 @@ class Session:
             self._news.close()
         if self._lease is not None:
             self._lease.close()
+
+
+def check_promised_memory(config: ClusterConfig, checkpoint: Checkpoint) -> None:
+    """Where every device names its host memory, the arithmetic needs no node: raise CapacityError before any starts."""
+    promised = [
+        Capacity(device=DeviceName(device.name), host_bytes=device.host_memory)
+        for device in config.devices
+        if device.host_memory is not None
+    ]
+    if len(promised) == len(config.devices):
+        check_fits(checkpoint.sizes(), promised, config.replication if isinstance(config.replication, int) else 1)
 
 
 def find_or_create_placement(config: ClusterConfig, app: str, checkpoint: Checkpoint, limits: Limits) -> ActorHandle:
