@@ -11,7 +11,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+# the same examples in every run; a hunt for new ones sets HYPOTHESIS_EXAMPLES
+hypothesis.settings.register_profile(
+    "raymoe",
+    derandomize="HYPOTHESIS_EXAMPLES" not in os.environ,
+    deadline=None,
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "100")),
+)
+hypothesis.settings.load_profile("raymoe")
 
 
 @pytest.fixture(scope="module")

@@ -234,4 +234,5 @@ def _place(keys: list[ExpertKey], ledger: Ledger, taken: set[DeviceName]) -> Non
         mine = [key for key in keys if key not in ledger.held[device]][: ledger.room(device) // size]
         ledger.give(mine, device)
         taken.add(device)
-        keys = [key for key in keys if device not in ledger.owners[key]]
+        placed = set(mine)  # and not all that the device owns: a key it owned before still lacks another owner
+        keys = [key for key in keys if key not in placed]

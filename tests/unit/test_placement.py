@@ -234,6 +234,14 @@ def test_ownership_is_whole_or_refused(cluster: tuple[tuple[LayerSize, ...], lis
     check(ownership, sizes, capacities, replication)
 
 
+def test_a_kept_owner_is_not_taken_for_the_missing_one() -> None:
+    sizes = (LayerSize(experts=2, expert_bytes=30, top_k=2),)
+    current = {DeviceName("b"): (ExpertKey(layer=0, expert=0), ExpertKey(layer=0, expert=1))}
+    capacities = [Capacity(device=DeviceName("b"), host_bytes=30), Capacity(device=DeviceName("c"), host_bytes=90)]
+    with pytest.raises(CapacityError, match="too uneven"):
+        assign(sizes, capacities, 2, [1], current)
+
+
 @given(clusters(), st.data())
 def test_a_changed_cluster_is_whole_or_refused(
     cluster: tuple[tuple[LayerSize, ...], list[Capacity], int, list[int]], data: st.DataObject
