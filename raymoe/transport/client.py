@@ -61,7 +61,9 @@ class WorkerClient:
         try:
             self._data[device].send_multipart(pack_call(request, call), flags=zmq.NOBLOCK, copy=True)
         except zmq.Again as error:
-            raise ExpertUnavailableError(f'worker "{device}" takes no more calls: its queue is full') from error
+            raise ExpertUnavailableError(
+                f'worker "{device}" takes no calls: it refuses the connection or its queue is full'
+            ) from error
         return request
 
     def gather(self, requests: dict[int, DeviceName], timeout_s: float) -> dict[int, ExpertAnswer]:

@@ -426,7 +426,9 @@ def test_many_calls_in_a_row_are_answered_in_kind(wired: Wired) -> None:
 
 def test_a_wrongly_keyed_client_gets_no_answer(wired: Wired) -> None:
     with closing_client({EDGE: wired.endpoint}, KeyPair.create()) as stranger:
-        with pytest.raises(ExpertUnavailableError, match=r"no answer from worker edge within 0\.5 s"):
+        # whether the refusal has arrived before the call is sent, or not, is up to the scheduler
+        refused = r"no answer from worker edge within 0\.5 s|takes no calls: it refuses the connection"
+        with pytest.raises(ExpertUnavailableError, match=refused):
             ask(stranger, timeout_s=0.5)
         assert stranger.ping(EDGE, timeout_s=0.2) is None
     assert wired.workers[EDGE].calls == 0
@@ -580,7 +582,7 @@ def nobody() -> Iterator[WorkerClient]:
 
 
 def test_a_dead_worker_neither_blocks_nor_hoards(nobody: WorkerClient) -> None:
-    with pytest.raises(ExpertUnavailableError, match='worker "edge" takes no more calls: its queue is full'):
+    with pytest.raises(ExpertUnavailableError, match='worker "edge" takes no calls: its queue is full'):
         for _ in range(1000):
             nobody.send(EDGE, some_call())
 
