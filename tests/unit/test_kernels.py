@@ -1,5 +1,7 @@
 """Native kernels give what torch gives, whatever the number of threads; skipped where no compiler is."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -136,22 +138,20 @@ def test_more_than_one_row_takes_the_modules_own_way(kernels: NativeKernels) -> 
     assert torch.equal(OneRowLinear(module, kernels)(x), module(x))
 
 
-def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAYMOE_NATIVE", "0")
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The library forgotten, so that the environment a test sets decides how it is loaded; forgotten again after."""
     native._library.cache_clear()
-    try:
-        assert load_native(1) is None
-    finally:
-        monkeypatch.undo()
-        native._library.cache_clear()
+    yield monkeypatch
+    native._library.cache_clear()
 
 
-def test_without_a_working_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setenv("CXX", "/bin/false")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._library.cache_clear()
-    try:
-        assert load_native(1) is None
-    finally:
-        monkeypatch.undo()
-        native._library.cache_clear()
+def test_they_can_be_switched_off(unloaded: pytest.MonkeyPatch) -> None:
+    unloaded.setenv("RAYMOE_NATIVE", "0")
+    assert load_native(1) is None
+
+
+def test_without_a_working_compiler_there_are_none(unloaded: pytest.MonkeyPatch, tmp_path) -> None:
+    unloaded.setenv("CXX", "/bin/false")
+    unloaded.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert load_native(1) is None
