@@ -13,6 +13,7 @@ from raymoe.config import (
     ServingConfig,
     StrictModel,
     TrunkConfig,
+    UserConfig,
 )
 
 SECTIONS: dict[str, type[StrictModel]] = {
@@ -23,6 +24,7 @@ SECTIONS: dict[str, type[StrictModel]] = {
     "trunk": TrunkConfig,
     "scheduling": SchedulingConfig,
     "serving": ServingConfig,
+    "user_config of the engine in a Ray Serve config": UserConfig,
 }
 HEAD = """# Configuration
 

@@ -1,1 +1,1 @@
-"""Forecasts of routing. Nothing here yet; it will know no actor, engine or placement."""
+"""Forecasts of routing: which experts coming layers will ask for. Knows no actor, engine, placement or Ray."""

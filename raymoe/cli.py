@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymoe.errors import CheckpointError, ConfigError, RaymoeError, StartError
+from raymoe import measuring
+from raymoe.errors import CheckpointError, ConfigError, RaymoeError, RequestError, StartError
 from raymoe.observe import terminal
 
 if TYPE_CHECKING:
     from raymoe.checkpoint.checkpoint import Checkpoint
-    from raymoe.config import ClusterConfig
+    from raymoe.config import ClusterConfig, Quality
+    from raymoe.types import Routing
 
 HELP = """Serve a Mixture-of-Experts language model over a Ray cluster of small, bounded devices, exactly.
 
@@ -119,9 +121,13 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; else as the model says.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a chat message.")] = False,
+    quality: Annotated[
+        str | None, typer.Option(help="exact, balanced, fast or an alpha; omitted: as the configuration says.")
+    ] = None,
 ) -> None:
     """Generate text once and leave. The text goes to standard output as it is made."""
     cluster = choose_cluster(config, model)
+    wanted = parse_quality(quality, cluster)
     text = sys.stdin.read() if prompt == "-" else prompt
     with terminal.Progress() as progress:
         progress.stage("loading raymoe")
@@ -131,14 +137,15 @@ def generate(
             progress.stop()
             start = time.perf_counter()
             asked: Any = [{"role": "user", "content": text}] if chat else text
-            for chunk in moe.stream(asked, max_tokens=max_tokens, temperature=temperature, seed=seed):
+            options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "quality": wanted}
+            for chunk in moe.stream(asked, **options):
                 typer.echo(chunk.text, nl=False)
             typer.echo()
             assert chunk.usage is not None and chunk.routing is not None, "the last chunk has both"
             tokens, routing = chunk.usage.completion_tokens, chunk.routing
             typer.echo(
                 f"{tokens} tokens in {time.perf_counter() - start:.2f} s, {routing.hit_rate:.1%} of experts were "
-                f"resident, {terminal.format_bytes(routing.bytes_loaded)} loaded",
+                f"resident, {terminal.format_bytes(routing.bytes_loaded)} loaded{substituted(routing)}",
                 err=True,
             )
 
@@ -162,6 +169,12 @@ def status(
         typer.echo(json.dumps(stats.as_dict(), indent=2))
     else:
         terminal.show_status(stats)
+
+
+# --- measuring a model ----------------------------------------------------------------------------------
+
+app.command()(measuring.calibrate)
+app.command()(measuring.tune)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------
@@ -251,6 +264,19 @@ def choose_cluster(path: Path | None, model: str | None) -> "ClusterConfig":
     return ClusterConfig.parse({"model": {"path": model}, "devices": [{"name": "cpu-0", "transport": "local"}]})
 
 
+def parse_quality(quality: str | None, cluster: "ClusterConfig") -> "Quality | None":
+    """--quality as a request has it. Raises RequestError that names what is allowed, before anything is started."""
+    try:
+        wanted: Any = float(quality) if quality is not None else None
+    except ValueError:
+        wanted = quality
+    try:
+        cluster.scheduling.alpha_of(wanted)
+    except ValueError as error:
+        raise RequestError(f"--{error}", param="quality") from error
+    return wanted
+
+
 def check_dtype(dtype: str, *, allow_auto: bool = True) -> None:
     """Raise ConfigError for a precision that can't be served."""
     known = ["float32", "bfloat16", "float16"]
@@ -281,6 +307,14 @@ def show_error(error: BaseException) -> None:
     """One red line on standard error."""
     message = " ".join(str(error).split())
     typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
+
+
+def substituted(routing: "Routing") -> str:
+    """What was substituted, in words; nothing where nothing was."""
+    if not routing.substituted:
+        return ""
+    share = routing.substituted / (routing.hits + routing.misses)
+    return f", {share:.1%} substituted ({routing.substituted_gate_mass:.1%} of gate mass)"
 
 
 def describe_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from raymoe.errors import ConfigError
 
@@ -30,6 +30,20 @@ def parse_size_bytes(value: Any) -> Any:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(gt=0)]
+
+
+def within(low: float, high: float) -> AfterValidator:
+    """Refuse numbers outside of ``low`` to ``high``; the message names the number and both bounds."""
+
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"is {value:g}; allowed is {low:g} to {high:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+Alpha = Annotated[float, within(0, 1)]
 
 
 class StrictModel(BaseModel):
@@ -68,6 +82,9 @@ class LinkConfig(StrictModel):
 
     bytes_per_s: Bytes = Field(description='Bytes per second, for example "200MB".')
     latency_s: float = Field(0.0, ge=0, le=10, description="Seconds added to every transfer.")
+    host_s: float | None = Field(
+        None, gt=0, le=10, description="Imitated seconds of computing one expert on the host; omitted: it never does."
+    )
 
 
 class DeviceConfig(StrictModel):
@@ -86,6 +103,11 @@ class DeviceConfig(StrictModel):
     threads: int | None = Field(None, ge=1, description="CPU threads for this worker's arithmetic; omitted: 1.")
     node_labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels the worker must match.")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray resources the worker takes.")
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether experts must be loaded into slots; else they are computed straight from host memory."""
+        return self.slot_memory is not None or self.link is not None or self.kind != "cpu"
 
     @model_validator(mode="after")
     def _link_only_on_cpu(self) -> "DeviceConfig":
@@ -110,13 +132,116 @@ class TrunkConfig(StrictModel):
     native_kernels: bool = Field(True, description="Use C++ kernels for decoding on a CPU where a compiler is found.")
 
 
-class SchedulingConfig(StrictModel):
-    """How experts are brought into slots."""
+Policy = Literal["on_demand", "all_resident", "importance"]
+Eviction = Literal["score", "lru", "lfu"]
+Prefetch = Literal["gate", "resident", "none"]
+SimilarityMeasure = Literal["score", "coactivation", "output"]
+QUALITIES = ("exact", "balanced", "fast")
+Quality = Literal["exact", "balanced", "fast"] | float
 
-    policy: Literal["on_demand", "all_resident"] = Field(
-        "on_demand", description="on_demand: load on a miss, evict the least recently used; all_resident: load once."
+
+class SchedulingConfig(StrictModel):
+    """How experts are brought into slots, kept there, and replaced by similar ones.
+
+    Everything but ``policy``, ``profile`` and ``call_timeout_s`` can be changed while the model runs.
+    """
+
+    policy: Policy = Field(
+        "on_demand",
+        description="on_demand: load on a miss, evict the least recently used; all_resident: load once; "
+        "importance: schedule by gate scores, with substitution, prefetch and host assist.",
     )
+    alpha: Alpha = Field(0.25, description="Width of the substitution window; 0 is exact. Of policy importance.")
+    alpha_max: Alpha = Field(0.5, description="Largest alpha that a request or the budget may choose.")
+    tpot_budget_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Time per output token to aim for: alpha follows, slowly, within 0 and alpha_max.",
+    )
+    eviction: Eviction = Field(
+        "score", description="Whom to evict: lowest mean gate score, least recently or least frequently used."
+    )
+    score_window: Annotated[int, within(1, 1024)] = Field(
+        64, description="Steps over which gate scores are averaged for eviction by score."
+    )
+    prefetch: Prefetch = Field(
+        "gate",
+        description="Forecast of the next layers: their gates on the current state; resident: the paper's emulation "
+        "of the layer in hand by its resident experts (local devices only).",
+    )
+    lookahead: Annotated[int, within(1, 8)] | None = Field(
+        None, description="Layers that the gate forecast looks ahead; omitted: as far as a load takes."
+    )
+    host_assist: bool = Field(
+        True, description="Compute an expert on the host CPU where that is sooner done than loading it."
+    )
+    similarity: SimilarityMeasure = Field(
+        "score", description="Which substitute is best within the window; all but score need a profile."
+    )
+    profile: str | None = Field(None, description="Profile made by `raymoe calibrate` for these weights.")
     call_timeout_s: float = Field(60.0, gt=0, description="Longest wait for one expert call.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SchedulingConfig":
+        if self.similarity != "score" and self.profile is None:
+            raise ValueError(
+                f'similarity "{self.similarity}" needs "profile": make one with `raymoe calibrate MODEL -o FILE`'
+            )
+        if self.alpha > self.alpha_max:
+            raise ValueError(f"alpha is {self.alpha:g}, but alpha_max {self.alpha_max:g}; allowed is 0 to alpha_max")
+        return self
+
+    def alpha_of(self, quality: Quality | None) -> float:
+        """The alpha of one request; None is the configured one. Raises ValueError naming the allowed values.
+
+        Every policy but importance is exact, so there a quality costs and changes nothing.
+        """
+        named = {"exact": 0.0, "balanced": min(DEFAULT_ALPHA, self.alpha_max), "fast": self.alpha_max}
+        if quality is None:
+            alpha = self.alpha
+        elif isinstance(quality, str) and quality in named:
+            alpha = named[quality]
+        elif isinstance(quality, (int, float)) and not isinstance(quality, bool) and 0 <= quality <= self.alpha_max:
+            alpha = float(quality)
+        else:
+            raise ValueError(
+                f'quality is {quality!r}; allowed are "exact", "balanced", "fast", or an alpha from 0 to '
+                f"{self.alpha_max:g} (scheduling.alpha_max)"
+            )
+        return alpha if self.policy == "importance" else 0.0
+
+    def changed(self, changes: dict[str, Any]) -> "SchedulingConfig":
+        """This with some fields changed. Raises ConfigError for unknown, fixed or wrong ones."""
+        fixed = [name for name in FIXED_SCHEDULING if name in changes and changes[name] != getattr(self, name)]
+        if fixed:
+            raise ConfigError(f"scheduling.{fixed[0]} can't be changed while the model runs; restart it instead")
+        try:
+            return SchedulingConfig.model_validate({**self.model_dump(), **changes})
+        except ValidationError as error:
+            raise ConfigError(f"scheduling: {describe(error)}") from error
+
+
+DEFAULT_ALPHA = 0.25  # SMoE's most careful setting, and what "balanced" stands for
+FIXED_SCHEDULING = ("call_timeout_s", "policy", "profile")  # known to workers and engine from their start on
+
+
+class UserConfig(StrictModel):
+    """What Ray Serve's ``user_config`` of the engine may say: settings that are changed without a restart."""
+
+    scheduling: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of scheduling that differ from the cluster configuration's."
+    )
+
+    @classmethod
+    def settings(cls, data: Any, scheduling: SchedulingConfig) -> SchedulingConfig:
+        """``scheduling`` of the cluster configuration as ``data`` changes it. Raises ConfigError naming the field."""
+        try:
+            return scheduling.changed(cls.model_validate(data).scheduling)
+        except ValidationError as error:
+            raise ConfigError(f"user_config: {describe(error)}") from error
+        except ConfigError as error:
+            raise ConfigError(f"user_config: {error}") from error
 
 
 class ServingConfig(StrictModel):
@@ -153,6 +278,21 @@ class ClusterConfig(StrictModel):
                 f"replication {self.replication} needs as many devices, but only {len(self.devices)} are listed"
             )
         return self
+
+    @model_validator(mode="after")
+    def _resident_forecast_is_local(self) -> "ClusterConfig":
+        away = [device.name for device in self.devices if device.transport != "local"]
+        if self.scheduling.prefetch == "resident" and away:
+            raise ValueError(
+                f'scheduling.prefetch "resident" computes with the slots of the engine\'s own process, but '
+                f'{", ".join(away)} has another transport: set transport "local" for every device, or prefetch "gate"'
+            )
+        return self
+
+    def rescheduled(self, scheduling: SchedulingConfig) -> "ClusterConfig":
+        """This with other scheduling. Raises ConfigError where it doesn't fit the devices."""
+        fields = {name: getattr(self, name) for name in ClusterConfig.model_fields}
+        return self.parse({**fields, "scheduling": scheduling}, where="scheduling")
 
     @classmethod
     def load(cls, path: str | Path) -> "ClusterConfig":

@@ -36,6 +36,10 @@ class FrameError(RaymoeError, ValueError):
     """Bytes from a socket are not a well-formed frame, or exceed a limit."""
 
 
+class LoadCancelledError(RaymoeError):
+    """A load was given up before it was complete."""
+
+
 class ExpertUnavailableError(RaymoeError):
     """A worker did not answer an expert call in time, or answered with an error."""
 

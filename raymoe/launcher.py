@@ -11,7 +11,7 @@ import ray
 from raymoe.actors.session import OnStage, Session
 from raymoe.config import ClusterConfig
 from raymoe.engine.request import Chunk, Result
-from raymoe.engine.service import Prompt
+from raymoe.engine.service import ModelService, Prompt
 from raymoe.observe.stats import ClusterStats
 
 
@@ -26,13 +26,28 @@ class Moe:
         """A whole answer to a text, token ids, or chat messages.
 
         ``options``: max_tokens (128), temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, ignore_eos,
-        repetition_penalty, presence_penalty, frequency_penalty, logprobs. Raises RequestError for bad ones.
+        repetition_penalty, presence_penalty, frequency_penalty, logprobs, and quality ("exact", "balanced", "fast", or
+        an alpha from 0 to scheduling.alpha_max: how freely experts may be substituted under policy importance). Raises
+        RequestError for bad ones. ``result.routing`` tells what the expert calls cost, and how much was substituted.
         """
         return self._session.service.generate(prompt, **options)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
-        """The answer in chunks as it is made; leaving the loop early cancels the request."""
+        """The answer in chunks as it is made, with the options of ``generate``; leaving the loop early cancels it."""
         return self._session.service.stream(prompt, **options)
+
+    @property
+    def service(self) -> ModelService:
+        """What answers: for measurements of the trunk while no request is under way."""
+        return self._session.service
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Change settings of scheduling while the model runs, such as ``alpha=0.3``; the others stay as they are.
+
+        Raises ConfigError that names the field and what is allowed, and ExpertUnavailableError where the placement
+        actor does not answer; nothing is changed then. Requests under way keep an alpha of their own.
+        """
+        self._session.reconfigure(**changes)
 
     def stats(self) -> ClusterStats:
         """Devices and engine."""

@@ -31,15 +31,26 @@ class LayerSize:
 class Routing:
     """What the expert calls of one request cost.
 
-    ``hits`` and ``misses`` count (token, expert) pairs by whether the expert was resident when the call came;
-    ``bytes_loaded`` crossed a link for this request's calls; ``calls`` went to workers.
+    Attributes:
+        hits, misses: (token, expert) pairs, after substitution, by whether the expert was resident when the call
+            came; a load in flight is a miss, and so is an expert computed on the host.
+        loads, bytes_loaded: what crossed a link in these calls and since the calls before them.
+        hosted: pairs computed on a worker's host CPU instead of in a slot.
+        calls: messages to workers.
+        decisions: (token, layer) pairs that were routed.
+        substituted: (token, expert) pairs of the router that were replaced by another expert.
+        replaced_mass: sum over decisions of the replaced experts' share of the chosen ones' gate scores.
     """
 
     hits: int = 0
     misses: int = 0
     loads: int = 0
     bytes_loaded: int = 0
+    hosted: int = 0
     calls: int = 0
+    decisions: int = 0
+    substituted: int = 0
+    replaced_mass: float = 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -47,11 +58,10 @@ class Routing:
         total = self.hits + self.misses
         return self.hits / total if total else 1.0
 
+    @property
+    def substituted_gate_mass(self) -> float:
+        """Mean share of the chosen experts' gate scores that was replaced, from 0 (exact) to 1."""
+        return self.replaced_mass / self.decisions if self.decisions else 0.0
+
     def __add__(self, other: "Routing") -> "Routing":
-        return Routing(
-            hits=self.hits + other.hits,
-            misses=self.misses + other.misses,
-            loads=self.loads + other.loads,
-            bytes_loaded=self.bytes_loaded + other.bytes_loaded,
-            calls=self.calls + other.calls,
-        )
+        return Routing(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})

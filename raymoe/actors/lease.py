@@ -1,12 +1,17 @@
 """Keeps an application's workers alive for as long as its holder lives."""
 
 import contextlib
+import logging
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from raymoe.actors.names import NAMESPACE, placement_name
+from raymoe.actors.names import NAMESPACE, Life, placement_name
+
+log = logging.getLogger(__name__)
 
 RENEW_S = 2.0
 CALL_TIMEOUT_S = 5.0
@@ -16,11 +21,26 @@ class Lease:
     """Renews ``holder``'s hold on the workers of ``app`` from a thread of its own, until closed.
 
     Where the placement actor is not there yet, or restarts, it keeps trying; it never raises.
+
+    Args:
+        tell: what each renewal takes along: the engine's counts, or None.
+        on_restart: called with the placement actor when it has lost its state. Where it raises RayError, it is called
+            again at the next renewal.
     """
 
-    def __init__(self, app: str, holder: str) -> None:
+    def __init__(
+        self,
+        app: str,
+        holder: str,
+        *,
+        tell: Callable[[], Any] = lambda: None,
+        on_restart: Callable[[Any], None] = lambda placement: None,
+    ) -> None:
         self._app = app
         self._holder = holder
+        self._tell = tell
+        self._on_restart = on_restart
+        self._life: Life | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
         self._thread.start()
@@ -38,6 +58,20 @@ class Lease:
     def _run(self) -> None:
         while not self._stop.is_set():
             with contextlib.suppress(RayError, ValueError):
-                placement = ray.get_actor(placement_name(self._app), NAMESPACE)
-                ray.get(placement.renew.remote(self._holder), timeout=CALL_TIMEOUT_S)
+                self._renew()
             self._stop.wait(RENEW_S)
+
+    def _renew(self) -> None:
+        placement = ray.get_actor(placement_name(self._app), NAMESPACE)
+        life: Any = ray.get(placement.renew.remote(self._holder, self._told()), timeout=CALL_TIMEOUT_S)
+        before = self._life
+        if before is not None and before.actor == life.actor and before.start != life.start:
+            self._on_restart(placement)
+        self._life = life
+
+    def _told(self) -> Any:
+        try:
+            return self._tell()
+        except Exception:  # counts are read while they change; whatever comes of that, the lease must be renewed
+            log.warning("could not tell the engine's counts", exc_info=True)
+            return None

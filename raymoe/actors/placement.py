@@ -1,7 +1,12 @@
 """The placement actor: starts the workers, decides who owns what, and ends them when nobody needs them.
 
-Ray calls carry lifecycle and configuration; what happens per step arrives on a ZeroMQ socket. Everything it
-knows can be gathered from the workers again, so a restart loses nothing.
+Ray calls carry lifecycle and configuration; what happens per step arrives on a ZeroMQ socket: residency, and forecasts
+that become prefetch orders to the workers. A restart loses nothing that the workers and the engine do not know: it asks
+the workers what they own, and the engine, which notices with its next renewal, joins again and tells the owners and the
+settings in force.
+
+The settings of scheduling are this actor's: those of the configuration until they are changed at run time. A worker
+gets them when it is created and at every start of an engine; an engine adopts them when it starts.
 
 Ray imports an actor's class wherever the actor is looked up, in the ingress for example, so this module must be light
 to import: torch and all that stands on it comes in within methods.
@@ -11,6 +16,7 @@ import contextlib
 import logging
 import threading
 import time
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +24,11 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from raymoe.actors.names import NAMESPACE, placement_name, worker_name
-from raymoe.config import ClusterConfig, DeviceConfig
+from raymoe.actors.names import NAMESPACE, Life, placement_name, worker_name
+from raymoe.actors.reports import device_stats, down_stats
+from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
 from raymoe.errors import RaymoeError, StartError
-from raymoe.observe.stats import ClusterStats, DeviceStats
+from raymoe.observe.stats import ClusterStats, EngineStats
 from raymoe.placement.ownership import (
     BYTES_PER_S,
     Capacity,
@@ -29,6 +36,7 @@ from raymoe.placement.ownership import (
     assign,
     check_fits,
     layer_spread,
+    primary_owners,
     replication_factor,
 )
 from raymoe.placement.state import ClusterState, Holders
@@ -37,7 +45,7 @@ from raymoe.types import DeviceName, ExpertKey, LayerSize
 if TYPE_CHECKING:
     from raymoe.actors.worker import WorkerInfo
     from raymoe.transport.frames import Limits
-    from raymoe.transport.placement import PlacementServer
+    from raymoe.transport.placement import OrderDesk, PlacementServer
     from raymoe.transport.sockets import Endpoint
 
 log = logging.getLogger(__name__)
@@ -51,13 +59,20 @@ HOST_SHARE = 0.8  # of the free memory of a node, for all shards on it
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
-    """What an engine needs: owners, where the workers listen, and the placement actor's own socket."""
+    """What an engine needs: owners, where the workers listen, and the placement actor's own socket.
+
+    Attributes:
+        resident: ids of the experts in each worker's slots.
+        scheduling: the settings in force, which may have been changed since the configuration was read.
+    """
 
     ownership: Ownership
     endpoints: "dict[DeviceName, Endpoint]"
     placement: "Endpoint"
     replication: int
     nodes: dict[DeviceName, str]
+    resident: dict[DeviceName, tuple[int, ...]]
+    scheduling: SchedulingConfig
 
 
 class PlacementShell:
@@ -66,6 +81,7 @@ class PlacementShell:
     def __init__(self, app: str, config: dict[str, Any], sizes: tuple[LayerSize, ...], limits: "Limits") -> None:
         self._app = app
         self._config = ClusterConfig.model_validate(config)
+        self._scheduling = self._config.scheduling
         self._sizes = sizes
         self._limits = limits
         self._state = ClusterState()
@@ -75,6 +91,9 @@ class PlacementShell:
         self._endpoints: dict[DeviceName, Endpoint] = {}
         self._clients: set[bytes] = set()
         self._server: PlacementServer | None = None
+        self._desk: OrderDesk | None = None
+        self._engine: tuple[str, EngineStats] | None = None
+        self._life = Life(actor=ray.get_runtime_context().get_actor_id() or "", start=uuid.uuid4().hex)
         self._replication = 1
         self._start_lock = threading.Lock()
         self._rebuild()
@@ -83,12 +102,15 @@ class PlacementShell:
     # --- lifecycle --------------------------------------------------------------------------------------
 
     def fingerprint(self) -> dict[str, Any]:
-        """The configuration this cluster was started with."""
+        """The configuration this cluster was started with, whatever was changed at run time."""
         return self._config.model_dump(mode="json")
 
-    def renew(self, holder: str) -> None:
-        """``holder`` keeps the cluster alive for a while."""
+    def renew(self, holder: str, engine: EngineStats | None = None) -> Life:
+        """``holder`` keeps the cluster alive for a while; an engine tells its counts."""
         self._holders.renew(holder, time.monotonic())
+        if engine is not None:
+            self._engine = (holder, engine)
+        return self._life
 
     def release(self, holder: str) -> None:
         """``holder`` is leaving; the last one ends the cluster (the watch does, so that this call returns)."""
@@ -122,26 +144,69 @@ class PlacementShell:
         self._state.ownership = assign(
             self._sizes, capacities, self._replication, spreads(self._config, self._sizes), current or None
         )
+        self._state.primary = primary_owners(self._sizes, self._state.ownership, spreads(self._config, self._sizes))
         self._load()
+        self._tell_workers()
+        endpoint = self._admit(client_key)
+        return ClusterView(
+            ownership=self._state.ownership,
+            endpoints=dict(self._endpoints),
+            placement=endpoint,
+            replication=self._replication,
+            nodes={name: info.address for name, info in self._infos.items()},
+            resident={name: info.resident for name, info in self._infos.items()},
+            scheduling=self._scheduling,
+        )
+
+    def rejoin(self, client_key: bytes, ownership: Ownership, scheduling: dict[str, Any]) -> "Endpoint":
+        """An engine that started this cluster found this actor restarted: take from it what it knows.
+
+        Returns where it shall send forecasts and residency from now on.
+        """
+        with self._start_lock:
+            self._state.ownership = ownership
+            self._state.primary = primary_owners(self._sizes, ownership, spreads(self._config, self._sizes))
+            self._scheduling = SchedulingConfig.model_validate(scheduling)
+            self._tell_workers()
+            return self._admit(client_key)
+
+    def reconfigure(self, scheduling: dict[str, Any]) -> tuple[DeviceName, ...]:
+        """Put other settings in force on all workers, and on those that are started later.
+
+        Returns the workers that did not confirm in time; they get the settings when an engine starts again.
+        """
+        self._scheduling = SchedulingConfig.model_validate(scheduling)
+        return self._tell_workers()
+
+    def _tell_workers(self) -> tuple[DeviceName, ...]:
+        settings = self._scheduling.model_dump(mode="json")
+        asked: dict[Any, DeviceName] = {
+            handle.reconfigure.remote(settings): name for name, handle in self._workers.items()
+        }
+        done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=REPORT_TIMEOUT_S) if asked else ([], [])
+        failed = [reference for reference in done if not _succeeds(reference)]
+        return tuple(asked[reference] for reference in (*silent, *failed))
+
+    def _admit(self, client_key: bytes) -> "Endpoint":
+        """Let a client in here and at the workers, which also take this actor's own orders."""
+        from raymoe.transport.placement import OrderDesk, PlacementServer
+
+        if self._desk is None:
+            self._desk = OrderDesk(self._state, self._limits)
         self._clients.add(client_key)
         addresses = {info.address for info in self._infos.values()} | {ray.util.get_node_ip_address()}
         alone = len(addresses) == 1 and len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) == 1
         for name, handle in self._workers.items():
             address = self._config.bind or ("127.0.0.1" if alone else self._infos[name].address)
-            self._endpoints[name] = _get(handle.serve.remote(address, tuple(self._clients)), REPORT_TIMEOUT_S * 6)
+            keys = (*self._clients, self._desk.keys.public)
+            self._endpoints[name] = _get(handle.serve.remote(address, keys), REPORT_TIMEOUT_S * 6)
+        bounded = bounded_devices(self._config)
+        self._desk.connect({name: endpoint for name, endpoint in self._endpoints.items() if name in bounded})
         if self._server is None:
-            from raymoe.transport.placement import PlacementServer
-
             own_address = self._config.bind or ("127.0.0.1" if alone else ray.util.get_node_ip_address())
-            self._server = PlacementServer(self._state, own_address, self._limits)
+            self._server = PlacementServer(self._state, own_address, self._limits, self._desk.forecast)
         self._server.clients.keys.add(client_key)
-        return ClusterView(
-            ownership=self._state.ownership,
-            endpoints=dict(self._endpoints),
-            placement=self._server.endpoint,
-            replication=self._replication,
-            nodes={name: info.address for name, info in self._infos.items()},
-        )
+        return self._server.endpoint
 
     def progress(self) -> tuple[int, int]:
         """(experts in host memory, experts to be there) over all workers, while ``start`` runs."""
@@ -160,7 +225,7 @@ class PlacementShell:
     # --- looking ----------------------------------------------------------------------------------------
 
     def stats(self) -> ClusterStats:
-        """Every worker's report; one that does not answer is "down"."""
+        """Every worker's report, one that does not answer is "down", and what the engine said a moment ago."""
         asked: dict[DeviceName, Any] = {name: handle.report.remote() for name, handle in self._workers.items()}
         kinds = {DeviceName(device.name): device for device in self._config.devices}
         devices = {}
@@ -174,8 +239,13 @@ class PlacementShell:
             devices[str(name)] = device_stats(
                 kinds[name], report, node=info.node, pid=info.pid, dropped_messages=dropped
             )
+        engine = self._engine
         return ClusterStats(
-            app=self._app, devices=devices, replication=self._replication, policy=self._config.scheduling.policy
+            app=self._app,
+            devices=devices,
+            engine=engine[1] if engine is not None and engine[0] in self._holders.seen_s else None,
+            replication=self._replication,
+            policy=self._scheduling.policy,
         )
 
     # --- within -----------------------------------------------------------------------------------------
@@ -216,7 +286,8 @@ class PlacementShell:
             options["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
         model = self._config.model.model_dump(mode="json")
         remote_class: Any = ray.remote(WorkerShell)
-        return remote_class.options(**options).remote(model, device.model_dump(mode="json"), self._limits)
+        settings = self._scheduling.model_dump(mode="json")
+        return remote_class.options(**options).remote(model, device.model_dump(mode="json"), self._limits, settings)
 
     def _describe(self, name: DeviceName, handle: ActorHandle) -> "WorkerInfo":
         try:
@@ -262,6 +333,8 @@ class PlacementShell:
             with contextlib.suppress(ValueError):
                 ray.kill(ray.get_actor(worker_name(self._app, device.name), NAMESPACE), no_restart=True)
         self._workers, self._infos, self._endpoints = {}, {}, {}
+        if self._desk is not None:
+            self._desk.connect({})
 
     def _watch(self) -> None:
         while not self._holders.is_abandoned(time.monotonic()):
@@ -270,46 +343,28 @@ class PlacementShell:
         self.shutdown()
 
 
+def bounded_devices(config: ClusterConfig) -> frozenset[DeviceName]:
+    """Remote devices whose experts come and go; the others hold all that they own ready for good."""
+    if config.scheduling.policy == "all_resident":
+        return frozenset()
+    return frozenset(
+        DeviceName(device.name) for device in config.devices if device.transport == "zmq" and device.has_slots
+    )
+
+
 def spreads(config: ClusterConfig, sizes: tuple[LayerSize, ...]) -> list[int]:
     """Over how many workers each layer is spread, given the slowest link that is known."""
     rate = min((float(device.link.bytes_per_s) for device in config.devices if device.link), default=BYTES_PER_S)
     return [layer_spread(size, len(config.devices), rate) for size in sizes]
 
 
-def device_stats(device: DeviceConfig, report: Any, *, node: str, pid: int, dropped_messages: int = 0) -> DeviceStats:
-    """A device's line in the stats, from its worker's report."""
-    values = {name: getattr(report, name) for name in report.__slots__ if name not in ("resident", "name")}
-    return DeviceStats(
-        name=device.name,
-        kind=device.kind,
-        transport=device.transport,
-        state="healthy",
-        node=node,
-        pid=pid,
-        resident=len(report.resident),
-        resident_experts=report.resident,
-        dropped_messages=dropped_messages,
-        **values,
-    )
-
-
-def down_stats(device: DeviceConfig, *, node: str, pid: int) -> DeviceStats:
-    """The line of a device whose worker does not answer: nothing is known but where it was."""
-    unknown = dict.fromkeys(("peak_slot_bytes", "host_bytes", "owned", "resident", "calls", "hits", "misses"), 0)
-    totals = dict.fromkeys(("loads", "bytes_loaded", "evictions", "prefetches", "prefetches_refused"), 0)
-    return DeviceStats(
-        name=device.name,
-        kind=device.kind,
-        transport=device.transport,
-        state="down",
-        node=node,
-        pid=pid,
-        emulated_link=device.link is not None,
-        slot_budget_bytes=device.slot_memory,
-        resident_experts=(),
-        **unknown,
-        **totals,
-    )
+def _succeeds(reference: Any) -> bool:
+    try:
+        ray.get(reference)
+        return True
+    except RayError as error:
+        log.warning("a worker did not take its settings: %s", error)
+        return False
 
 
 def _get(reference: Any, timeout_s: float) -> Any:

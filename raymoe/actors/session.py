@@ -3,6 +3,7 @@
 Used by ``raymoe.launch`` inside the caller's process and by the Serve deployment inside its replica.
 """
 
+import logging
 import os
 import threading
 import uuid
@@ -18,13 +19,14 @@ from ray.exceptions import RayError, RayTaskError
 
 from raymoe.actors.lease import Lease
 from raymoe.actors.names import NAMESPACE, placement_name
-from raymoe.actors.placement import HOST_SHARE, ClusterView, PlacementShell, device_stats, spreads
+from raymoe.actors.placement import HOST_SHARE, ClusterView, PlacementShell, bounded_devices, spreads
+from raymoe.actors.reports import device_stats
 from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.checkpoint.opening import open_checkpoint
-from raymoe.config import ClusterConfig, DeviceConfig
+from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.service import ModelService
-from raymoe.errors import RaymoeError, StartError
+from raymoe.errors import ExpertUnavailableError, RaymoeError, StartError
 from raymoe.experts.build import make_worker
 from raymoe.experts.worker import ExpertWorker
 from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats
@@ -35,11 +37,14 @@ from raymoe.transport.placement import PlacementClient
 from raymoe.transport.sockets import KeyPair
 from raymoe.types import DeviceName
 
+log = logging.getLogger(__name__)
+
 OnStage = Callable[[str], None]
 """Told of each stage of a start, in words."""
 
 STATS_TIMEOUT_S = 15.0
 PROGRESS_S = 1.0
+REJOIN_TIMEOUT_S = 8.0  # the lease is not renewed meanwhile, and lapses after 15 s
 
 
 class Session:
@@ -47,11 +52,18 @@ class Session:
 
     The constructor blocks until everything is ready. Raises RaymoeError of the fitting kind where it can't be;
     nothing that it started is left running then.
+
+    Attributes:
+        scheduling: the settings in force: the configuration's, unless they were changed while the workers ran.
+        refused_settings: why the last change of settings by Serve's ``user_config`` was not made; for the stats.
     """
 
     def __init__(self, config: ClusterConfig, app: str, on_stage: OnStage = lambda stage: None) -> None:
         self.config = config
         self.app = app
+        self.scheduling = config.scheduling
+        self.refused_settings: str | None = None
+        self._changing = threading.Lock()
         on_stage(f"opening {config.model.source}")
         self.checkpoint = open_checkpoint(
             config.model.source, config.model.dtype, trust_remote_code=config.model.trust_remote_code
@@ -61,11 +73,15 @@ class Session:
         self._client: WorkerClient | None = None
         self._news: PlacementClient | None = None
         self._local: dict[DeviceName, ExpertWorker] = {}
+        self._keys = KeyPair.create()
+        self._ownership: Ownership = {}
         self.replication = 1
         try:
             dispatcher = self._connect(on_stage)
             on_stage("building the trunk")
-            self.service = ModelService(self.checkpoint, config, dispatcher)
+            forecast = self._news.forecast if self._news is not None and bounded_devices(config) else None
+            self.service = ModelService(self.checkpoint, config, dispatcher, on_forecast=forecast)
+            self._adopt()
         except BaseException:
             self.close()
             raise
@@ -78,39 +94,45 @@ class Session:
         remote = [device for device in self.config.devices if device.transport == "zmq"]
         check_promised_memory(self.config, self.checkpoint)
         set_threads(self.config, len(remote))
-        self._local = {DeviceName(device.name): make_worker(self.checkpoint, device) for device in local}
+        self._local = {
+            DeviceName(device.name): make_worker(self.checkpoint, device, self.config.scheduling) for device in local
+        }
         memory = local_memory(local)
         if remote:
             on_stage(f"starting {len(remote)} expert workers")
-            keys = KeyPair.create()
             limits = message_limits(self.checkpoint)
-            view = self._start_remote(memory, keys, limits, on_stage)
-            self._client = WorkerClient(view.endpoints, keys, limits)
-            self._news = PlacementClient(view.placement, keys, limits)
-            ownership, self.replication = view.ownership, view.replication
+            view = self._start_remote(memory, limits, on_stage)
+            self._client = WorkerClient(view.endpoints, self._keys, limits)
+            self._news = PlacementClient(view.placement, self._keys, limits)
+            ownership, self.replication, self.scheduling = view.ownership, view.replication, view.scheduling
+            resident = view.resident
         else:
-            ownership = own_locally(self.checkpoint, self.config, memory)
+            ownership, resident = own_locally(self.checkpoint, self.config, memory), {}
+        self._ownership = ownership
         for name, worker in self._local.items():
             on_stage(f"reading {len(ownership[name])} experts for {name}")
             worker.own(ownership[name])
             if self.config.scheduling.policy == "all_resident":
                 worker.load_all()
         sizes = self.checkpoint.sizes()
-        return Dispatcher(
+        dispatcher = Dispatcher(
             sizes,
             primary_owners(sizes, ownership, spreads(self.config, sizes)),
             local=self._local,
             remote=self._client,
             timeout_s=self.config.scheduling.call_timeout_s,
             on_changes=self._news.publish if self._news is not None else None,
+            bounded=bounded_devices(self.config),
         )
+        for name, identifiers in resident.items():
+            dispatcher.assume_resident(name, identifiers)
+        return dispatcher
 
-    def _start_remote(
-        self, memory: dict[DeviceName, int], keys: KeyPair, limits: Limits, on_stage: OnStage
-    ) -> ClusterView:
+    def _start_remote(self, memory: dict[DeviceName, int], limits: Limits, on_stage: OnStage) -> ClusterView:
         self._placement = find_or_create_placement(self.config, self.app, self.checkpoint, limits)
-        self._lease = Lease(self.app, f"engine-{uuid.uuid4().hex}")
-        reference: Any = self._placement.start.remote(memory, keys.public)
+        holder = f"engine-{uuid.uuid4().hex}"
+        self._lease = Lease(self.app, holder, tell=self._tell, on_restart=self._rejoin)
+        reference: Any = self._placement.start.remote(memory, self._keys.public)
         while not ray.wait([reference], timeout=PROGRESS_S)[0]:
             try:
                 done, wanted = ray.get(self._placement.progress.remote(), timeout=STATS_TIMEOUT_S)
@@ -126,6 +148,66 @@ class Session:
             raise StartError(f"the workers of {self.app} could not be started: {error}") from error
         except RayError as error:
             raise StartError(f"the workers of {self.app} could not be started: {error}") from error
+
+    def _adopt(self) -> None:
+        """Take over settings that were changed before this engine started."""
+        if self.scheduling != self.config.scheduling:
+            self.service.reconfigure(self.scheduling)
+            for worker in self._local.values():
+                worker.reconfigure(self.scheduling)
+
+    # --- while it runs ----------------------------------------------------------------------------------
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Change some settings of scheduling, such as ``alpha=0.3``; the others stay, and nothing is restarted.
+
+        Raises ConfigError that names the field and what is allowed, and ExpertUnavailableError where the placement
+        actor does not answer; nothing is changed then. Requests under way keep an alpha of their own.
+        """
+        with self._changing:
+            self._schedule(self.scheduling.changed(changes))
+
+    def schedule(self, scheduling: SchedulingConfig) -> None:
+        """Put these settings in force as a whole. Raises ExpertUnavailableError as ``reconfigure`` does."""
+        with self._changing:
+            self._schedule(scheduling)
+
+    def _schedule(self, scheduling: SchedulingConfig) -> None:
+        if scheduling == self.scheduling:
+            return
+        self.service.reconfigure(scheduling)  # first, for it may refuse a profile
+        try:
+            self._tell_placement(scheduling)
+        except BaseException:
+            self.service.reconfigure(self.scheduling)
+            raise
+        for worker in self._local.values():
+            worker.reconfigure(scheduling)
+        self.scheduling = scheduling
+
+    def _tell_placement(self, scheduling: SchedulingConfig) -> None:
+        if self._placement is None:
+            return
+        reference: Any = self._placement.reconfigure.remote(scheduling.model_dump(mode="json"))
+        try:
+            silent: Any = ray.get(reference, timeout=STATS_TIMEOUT_S)
+        except RayError as error:
+            raise ExpertUnavailableError(
+                f"the placement actor did not take the new settings, nothing was changed; try again: {error}"
+            ) from error
+        if silent:
+            log.warning("%s: no answer to new settings; they come with the next start", ", ".join(silent))
+
+    def _rejoin(self, placement: Any) -> None:
+        """The placement actor was restarted: tell it owners and settings, and use its new socket."""
+        if self._news is not None:
+            settings = self.scheduling.model_dump(mode="json")
+            reference = placement.rejoin.remote(self._keys.public, self._ownership, settings)
+            self._news.move(ray.get(reference, timeout=REJOIN_TIMEOUT_S))
+
+    def _tell(self) -> EngineStats | None:
+        """The engine's counts, once there is one."""
+        return self._engine_stats() if hasattr(self, "service") else None
 
     # --- looking ----------------------------------------------------------------------------------------
 
@@ -156,8 +238,12 @@ class Session:
             dtype=card.dtype,
             hits=routing.hits,
             misses=routing.misses,
+            hosted=routing.hosted,
+            substituted=routing.substituted,
+            substituted_gate_mass=routing.substituted_gate_mass,
             loads=routing.loads,
             bytes_loaded=routing.bytes_loaded,
+            refused_settings=self.refused_settings,
             **{name: getattr(report, name) for name in report.__slots__ if name != "routing"},
         )
 

@@ -8,7 +8,7 @@ import psutil
 import ray
 import torch
 
-from raymoe.config import DeviceConfig, ModelConfig
+from raymoe.config import DeviceConfig, ModelConfig, SchedulingConfig
 from raymoe.errors import ConfigError
 from raymoe.transport.frames import Limits
 from raymoe.transport.sockets import Endpoint
@@ -21,20 +21,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
-    """Where a worker lives and what its node can hold; ``owned`` is its shard, empty for a fresh one."""
+    """Where a worker lives, what its node can hold, and how it schedules.
+
+    Attributes:
+        owned: its shard, empty for a fresh one.
+        resident: ids of the experts in its slots; empty where it has none.
+    """
 
     node: str
     address: str
     pid: int
     free_host_bytes: int
     owned: tuple[ExpertKey, ...]
+    resident: tuple[int, ...]
     endpoint: Endpoint | None
+    scheduling: SchedulingConfig
 
 
 class WorkerShell:
     """One expert worker. Raises CheckpointError where the checkpoint can't be opened on this node."""
 
-    def __init__(self, model: dict[str, Any], device: dict[str, Any], limits: Limits) -> None:
+    def __init__(
+        self, model: dict[str, Any], device: dict[str, Any], limits: Limits, scheduling: dict[str, Any]
+    ) -> None:
         # here and not above: transformers takes seconds to import, and the placement actor needs only the class
         from raymoe.checkpoint.opening import open_checkpoint
         from raymoe.experts.build import default_threads, make_worker
@@ -46,19 +55,25 @@ class WorkerShell:
         self._checkpoint = open_checkpoint(
             settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code
         )
-        self._worker = make_worker(self._checkpoint, self._device)
+        self._scheduling = SchedulingConfig.model_validate(scheduling)
+        self._worker = make_worker(self._checkpoint, self._device, self._scheduling)
         self._owned: set[ExpertKey] = set()
         self._server: WorkerServer | None = None
 
     def describe(self) -> WorkerInfo:
-        """Node, address, free memory, shard and endpoint."""
+        """Node, address, free memory, shard, residency, endpoint and settings."""
+        from raymoe.experts.call import expert_id
+
+        resident = self._worker.report().resident if self._worker.has_slots else ()
         return WorkerInfo(
             node=ray.get_runtime_context().get_node_id(),
             address=ray.util.get_node_ip_address(),
             pid=os.getpid(),
             free_host_bytes=psutil.virtual_memory().available,
             owned=tuple(sorted(self._owned)),
+            resident=tuple(expert_id(layer, expert) for layer, expert in resident),
             endpoint=self._server.endpoint if self._server else None,
+            scheduling=self._scheduling,
         )
 
     def own(self, keys: tuple[ExpertKey, ...], load_all: bool) -> int:
@@ -68,6 +83,11 @@ class WorkerShell:
         if load_all:
             self._worker.load_all()
         return self._worker.store.nbytes
+
+    def reconfigure(self, scheduling: dict[str, Any]) -> None:
+        """Evict, prefetch and assist by other settings from the next call on."""
+        self._scheduling = SchedulingConfig.model_validate(scheduling)
+        self._worker.reconfigure(self._scheduling)
 
     def progress(self) -> int:
         """How many experts are in host memory now."""

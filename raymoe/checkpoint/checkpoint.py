@@ -104,9 +104,15 @@ class Checkpoint:
         return parameter.converter is None and self.info(name).dtype == self.dtype
 
     @property
+    def weight_files(self) -> list[SafetensorsFile]:
+        """The safetensors files, by name."""
+        files = {id(file): file for file in self._files.values()}
+        return sorted(files.values(), key=lambda file: file.path.name)
+
+    @property
     def bytes_read(self) -> int:
         """Bytes copied out of the files so far (mapped tensors are not counted)."""
-        return sum(file.bytes_read for file in {id(file): file for file in self._files.values()}.values())
+        return sum(file.bytes_read for file in self.weight_files)
 
     @cached_property
     def trunk_bytes(self) -> int:

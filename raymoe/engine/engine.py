@@ -15,13 +15,14 @@ from typing import Any, NewType
 
 import torch
 
-from raymoe.config import TrunkConfig
-from raymoe.engine.dispatch import Dispatcher
+from raymoe.config import SchedulingConfig, TrunkConfig
 from raymoe.engine.request import Chunk, SamplingParams, TokenLogprob, Usage
 from raymoe.engine.sampling import Sampler, SamplingDefaults
+from raymoe.engine.scheduler import ExpertScheduler
 from raymoe.engine.text import Decoder, TextStream
 from raymoe.errors import EngineStoppedError, OverloadedError, RequestError
 from raymoe.model.runner import Runner, SequenceState
+from raymoe.placement.alpha import AlphaControl
 from raymoe.types import Routing
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class _Sequence:
     sampler: Sampler
     text: TextStream
     on_chunk: OnChunk
+    alpha: float | None
     answer: list[int] = field(default_factory=list)
     state: SequenceState | None = None
     routing: Routing = field(default_factory=Routing)
@@ -65,6 +67,7 @@ class EngineReport:
     routing: Routing
     decode_s: float
     steps: int
+    alpha: float
 
 
 class Engine:
@@ -78,8 +81,9 @@ class Engine:
     def __init__(
         self,
         runner: Runner,
-        dispatcher: Dispatcher,
+        experts: ExpertScheduler,
         config: TrunkConfig,
+        scheduling: SchedulingConfig,
         *,
         tokenizer: Decoder | None,
         defaults: SamplingDefaults,
@@ -89,7 +93,7 @@ class Engine:
         max_output_tokens: int,
     ) -> None:
         self._runner = runner
-        self._dispatcher = dispatcher
+        self._experts = experts
         self._config = config
         self._tokenizer = tokenizer
         self._defaults = defaults
@@ -113,6 +117,8 @@ class Engine:
         }
         self._routing = Routing()
         self._kv_per_token: int | None = None
+        self._control: AlphaControl | None = None
+        self.reconfigure(scheduling)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- any thread -------------------------------------------------------------------------------------
@@ -156,6 +162,15 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout=30)
 
+    def reconfigure(self, scheduling: SchedulingConfig) -> None:
+        """Schedule by other settings from the next step on; requests keep the alpha that they asked for."""
+        budget_s = scheduling.tpot_budget_s if scheduling.policy == "importance" else None
+        with self._wake:
+            self._scheduling = scheduling
+            self._alpha = scheduling.alpha_of(None)
+            self._control = AlphaControl(tpot_budget_s=budget_s, alpha_max=scheduling.alpha_max) if budget_s else None
+            self._experts.reconfigure(scheduling)
+
     @property
     def failure(self) -> BaseException | None:
         """Why the loop died, or None while it is well."""
@@ -177,6 +192,7 @@ class Engine:
                 routing=self._routing,
                 decode_s=self._totals["decode_s"],
                 steps=self._totals["steps"],
+                alpha=self._alpha,
             )
 
     def _prepare(
@@ -204,6 +220,10 @@ class Engine:
                 f"the prompt of {len(prompt)} tokens leaves room for {room}" if wanted > 0 else "allowed is 1 or more"
             )
             raise RequestError(f"max_tokens is {wanted}; {limit}", param="max_tokens")
+        try:
+            alpha = None if params.quality is None else self._scheduling.alpha_of(params.quality)
+        except ValueError as error:
+            raise RequestError(str(error), param="quality") from error
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_tokens)
         return _Sequence(
             id=RequestId(next(self._ids)),
@@ -213,6 +233,7 @@ class Engine:
             sampler=Sampler(params, defaults),
             text=TextStream(self._tokenizer, params.stop),
             on_chunk=on_chunk,
+            alpha=alpha,
         )
 
     def _check_alive(self) -> None:
@@ -266,15 +287,18 @@ class Engine:
         """One forward pass and one token of a request; an error ends this request only."""
         try:
             start = time.perf_counter()
+            self._experts.alpha = self._alpha if sequence.alpha is None else sequence.alpha
             if sequence.state is None:
                 logits, sequence.state = self._runner.prefill(sequence.prompt)
                 self._totals["prompt"] += len(sequence.prompt)
                 self._check_kv(sequence)
             else:
                 logits = self._runner.decode(sequence.state, sequence.answer[-1])
-                self._totals["decode_s"] += time.perf_counter() - start
+                took_s = time.perf_counter() - start
+                self._totals["decode_s"] += took_s
                 self._totals["steps"] += 1
-            cost = self._dispatcher.take_cost()
+                self._follow_budget(sequence, took_s * len(self._running))
+            cost = self._experts.take_cost()
             sequence.routing += cost
             self._routing += cost
             token, logprob = sequence.sampler.choose(logits, sequence.prompt, sequence.answer)
@@ -282,10 +306,18 @@ class Engine:
             self._emit(sequence, token, logprob)
         except Exception as error:  # one request's failure must not take the others down
             log.exception("request %d failed", sequence.id)
-            self._dispatcher.take_cost()
+            self._experts.take_cost()
             self._totals["failed"] += 1
             self._remove(sequence)
             sequence.on_chunk(error)
+
+    def _follow_budget(self, sequence: _Sequence, tpot_s: float) -> None:
+        """Let alpha follow the budget; requests with an alpha of their own tell nothing about it."""
+        if sequence.alpha is not None:
+            return
+        with self._wake:
+            if self._control is not None:
+                self._alpha = self._control.update(self._alpha, tpot_s)
 
     def _check_kv(self, sequence: _Sequence) -> None:
         assert sequence.state is not None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from raymoe.config import Quality
 from raymoe.types import Routing
 
 
@@ -15,6 +16,8 @@ class SamplingParams:
         stop: strings that end the answer; they are not part of it.
         stop_token_ids: token ids that end the answer, beside the model's own end of sequence.
         logprobs: how many alternatives to report per token; None reports nothing, 0 the chosen token only.
+        quality: "exact", "balanced", "fast", or an alpha: how freely experts may be substituted under policy
+            importance; None as the server is configured.
     """
 
     max_tokens: int | None = None
@@ -30,6 +33,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    quality: Quality | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

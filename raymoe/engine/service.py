@@ -4,6 +4,7 @@ Runs without Ray. The launcher uses it inside the caller's process, the Serve de
 """
 
 import json
+import logging
 import queue
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,17 +13,27 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from predictor.forecast import Forecast
+from predictor.gate import GateForecast
+from predictor.resident import Experts, ResidentForecast
 from raymoe.checkpoint.checkpoint import Checkpoint
-from raymoe.config import EMBEDDED_MODEL, ClusterConfig
+from raymoe.config import EMBEDDED_MODEL, ClusterConfig, SchedulingConfig
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
+from raymoe.engine.profile import load_similarity
 from raymoe.engine.request import Chunk, Result, SamplingParams, collect
 from raymoe.engine.sampling import SamplingDefaults
+from raymoe.engine.scheduler import ExpertScheduler, OnForecast
 from raymoe.errors import CheckpointError, RequestError
 from raymoe.experts.build import torch_device
+from raymoe.model.emulation import Emulation
+from raymoe.model.emulation_proof import attach_emulation
 from raymoe.model.fast import use_native_kernels
 from raymoe.model.runner import Runner
+from raymoe.model.sites import MoeSite, attach_sites
 from raymoe.model.trunk import build_trunk, tokenizer_path
+
+log = logging.getLogger(__name__)
 
 Prompt = str | list[int] | list[dict[str, Any]]
 """Text, token ids, or chat messages ({"role", "content"})."""
@@ -51,26 +62,56 @@ class ModelService:
 
     Args:
         dispatcher: where routed experts are computed.
+        on_forecast: told of each forecast of routing.
+
+    Attributes:
+        runner, experts: the trunk, and the say on its routing. They belong to the engine's thread; measurements may
+            use them while no request is under way.
+
+    Raises:
+        ConfigError: a device that is not there, or a profile of other weights.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: ClusterConfig, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ClusterConfig,
+        dispatcher: Dispatcher,
+        on_forecast: OnForecast | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.config = config
         trunk_device = torch_device(config.trunk.device, "trunk")
         if config.trunk.threads is not None:
             torch.set_num_threads(config.trunk.threads)
-        model = build_trunk(checkpoint, dispatcher, trunk_device)
+        self._scheduling = config.scheduling
+        self.experts = experts = ExpertScheduler(
+            dispatcher,
+            config.scheduling,
+            similarity=load_similarity(config.scheduling, checkpoint),
+            on_forecast=on_forecast,
+        )
+        model = build_trunk(checkpoint, experts, trunk_device)
         native = config.trunk.native_kernels and use_native_kernels(model) > 0
+        if config.scheduling.policy == "importance":
+            sites = attach_sites(model)
+            here = all(device.transport == "local" for device in config.devices)
+            emulation = attach_emulation(model, sites) if here else None
+            if emulation is None and config.scheduling.prefetch == "resident":
+                log.warning('this architecture has no forecast "resident": gates forecast instead')
+            experts.attach([site.router for site in sites], forecasts(sites, emulation, experts))
         self.tokenizer = load_tokenizer(checkpoint)
         raw = generation_config(checkpoint)
         self.defaults = SamplingDefaults.from_generation_config(raw)
         self.chat_defaults = self._chat_defaults(raw)
         text_config = checkpoint.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.runner = Runner(model, single_threaded_decode=native)
         self._engine = Engine(
-            Runner(model, single_threaded_decode=native),
-            dispatcher,
+            self.runner,
+            experts,
             config.trunk,
+            config.scheduling,
             tokenizer=self.tokenizer,
             defaults=self.defaults,
             end_tokens=end_tokens(raw, text_config),
@@ -178,9 +219,26 @@ class ModelService:
         """Counts and totals of the engine."""
         return self._engine.report()
 
+    def reconfigure(self, scheduling: SchedulingConfig) -> None:
+        """Schedule by other settings from the next step on.
+
+        Raises ConfigError where the profile can't be used, or the devices can't do it.
+        """
+        self.config = self.config.rescheduled(scheduling)
+        if scheduling.similarity != self._scheduling.similarity:
+            self.experts.similarity = load_similarity(scheduling, self.checkpoint)
+        self._scheduling = scheduling
+        self._engine.reconfigure(scheduling)
+
     def close(self) -> None:
         """Stop the engine; requests that are not finished end with EngineStoppedError."""
         self._engine.stop()
+
+
+def forecasts(sites: list[MoeSite], emulation: Emulation | None, experts: Experts) -> dict[str, Forecast]:
+    """Forecasts of routing by kind. Where a layer can't be run ahead of, its gate stands in."""
+    gate = GateForecast([site if site.router.rule is not None else None for site in sites])
+    return {"gate": gate, "resident": gate if emulation is None else ResidentForecast(emulation, experts, gate)}
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:

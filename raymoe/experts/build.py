@@ -4,14 +4,16 @@ import torch
 
 from raymoe.checkpoint.architectures import experts_modules
 from raymoe.checkpoint.checkpoint import Checkpoint
-from raymoe.config import DeviceConfig
+from raymoe.config import DeviceConfig, SchedulingConfig
 from raymoe.errors import ConfigError
 from raymoe.experts.link import EmulatedLink
 from raymoe.experts.worker import ExpertWorker
 from raymoe.kernels.native import load_native
 
 
-def make_worker(checkpoint: Checkpoint, device: DeviceConfig) -> ExpertWorker:
+def make_worker(
+    checkpoint: Checkpoint, device: DeviceConfig, scheduling: SchedulingConfig | None = None
+) -> ExpertWorker:
     """A worker without experts yet. Raises ConfigError where the device is not there."""
     place = torch_device(device.kind, device.name)
     link = device.link
@@ -23,7 +25,8 @@ def make_worker(checkpoint: Checkpoint, device: DeviceConfig) -> ExpertWorker:
         dtype=checkpoint.dtype,
         device=place,
         slot_budget_bytes=device.slot_memory,
-        link=EmulatedLink(link.bytes_per_s, link.latency_s) if link is not None else None,
+        link=EmulatedLink(link.bytes_per_s, link.latency_s, link.host_s) if link is not None else None,
+        scheduling=scheduling,
         kernels=load_native(device.threads or default_threads(device)) if place.type == "cpu" else None,
     )
 

@@ -4,6 +4,7 @@ T tokens, K experts per token, R rows sent to this worker, P (row, expert) pairs
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,18 +36,22 @@ class ExpertAnswer:
     Attributes:
         output_PH: one row per pair, in the order of the call.
         hits, misses: pairs by whether their expert was resident (a load in flight is a miss).
-        loads, bytes_loaded: experts moved over the link for this call.
+        hosted: the misses that were computed on the host.
+        loads, bytes_loaded: experts whose way over the link began in this call, or since the call before.
         loaded: int32 expert ids (layer * 2**16 + expert) that became resident since the last answer.
         evicted: likewise, that ceased to be.
+        load_s: seconds for which one expert lately kept the link busy; None where nothing came or went.
     """
 
     output_PH: torch.Tensor
     hits: int = 0
     misses: int = 0
+    hosted: int = 0
     loads: int = 0
     bytes_loaded: int = 0
     loaded: tuple[int, ...] = ()
     evicted: tuple[int, ...] = ()
+    load_s: float | None = None
 
 
 LAYER_SHIFT = 16
@@ -57,6 +62,9 @@ def expert_id(layer: int, expert: int) -> int:
     return (layer << LAYER_SHIFT) | expert
 
 
-def layer_and_expert(identifier: int) -> tuple[int, int]:
-    """The inverse of ``expert_id``."""
+Identifier = TypeVar("Identifier", int, np.ndarray)
+
+
+def layer_and_expert(identifier: Identifier) -> tuple[Identifier, Identifier]:
+    """The inverse of ``expert_id``, for one or an array of them."""
     return identifier >> LAYER_SHIFT, identifier & ((1 << LAYER_SHIFT) - 1)

@@ -40,8 +40,8 @@ class LayerCompute:
     def __init__(
         self, module: nn.Module, dtype: torch.dtype, device: torch.device, kernels: NativeKernels | None
     ) -> None:
-        self._math = ExpertMath(module)
-        fits = kernels is not None and kernels.supports(dtype, device) and self._math.is_silu_gated
+        self.math = ExpertMath(module)
+        fits = kernels is not None and kernels.supports(dtype, device) and self.math.is_silu_gated
         self._kernels = kernels if fits else None
 
     def __call__(
@@ -61,7 +61,7 @@ class LayerCompute:
         for start, end in zip(starts, [*starts[1:], len(index_P)], strict=True):
             weights = table.tensors[index_P[start]]
             assert weights is not None, "computed an expert that is not here"
-            outputs.append(self._math(weights, inputs_PH[start:end]))
+            outputs.append(self.math(weights, inputs_PH[start:end]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _natively(

@@ -1,24 +1,29 @@
 """The way from host memory to slots.
 
-A link moves one expert at a time. ``MemoryLink`` is a plain copy; ``EmulatedLink`` makes each transfer last as
-long as a slow bus would, without burning CPU. Emulation is for tests and benchmarks only and is reported as
-such wherever a device is described.
+A link moves one expert at a time, in pieces, so that an urgent load can overtake a prefetch between two of them.
+``MemoryLink`` is a plain copy; ``EmulatedLink`` makes each transfer last as long as a slow bus would, without burning
+CPU. Emulation is for tests and benchmarks only and is reported as such wherever a device is described.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
+
+import torch
 
 from raymoe.checkpoint.checkpoint import ExpertTensors
 
+PIECE_BYTES = 1 << 20  # of a copy; at 10 GB/s an urgent load waits 0.1 ms for the piece in hand
+EMULATED_PIECES = 4  # of an imitated transfer; more would measure the accuracy of sleeping
+
 
 class Link(Protocol):
-    """Moves an expert's tensors into a slot's; returns when they are usable."""
+    """Moves an expert's tensors into a slot's."""
 
     emulated: bool
 
-    def transfer(self, source: ExpertTensors, target: ExpertTensors, nbytes: int) -> None:
-        """Copy ``source`` into ``target`` (same names and shapes)."""
+    def pieces(self, source: ExpertTensors, target: ExpertTensors, nbytes: int) -> Iterator[None]:
+        """Copy ``source`` into ``target`` (same names and shapes), a piece per step; exhausted when it is usable."""
         ...
 
 
@@ -27,19 +32,31 @@ class MemoryLink:
 
     emulated = False
 
-    def transfer(self, source: ExpertTensors, target: ExpertTensors, nbytes: int) -> None:
+    def pieces(self, source: ExpertTensors, target: ExpertTensors, nbytes: int) -> Iterator[None]:
         """Copy ``source`` into ``target``."""
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
+        parts = [part for name, tensor in target.items() for part in in_parts(source[name], tensor)]
+        for number, (piece, place) in enumerate(parts):
+            if number:
+                yield
+            place.copy_(piece)
+
+
+def in_parts(source: torch.Tensor, target: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Both tensors in matching pieces of at most about ``PIECE_BYTES``."""
+    if target.nbytes <= PIECE_BYTES or target.dim() == 0:
+        return [(source, target)]
+    rows = max(1, target.shape[0] * PIECE_BYTES // target.nbytes)
+    return list(zip(source.split(rows), target.split(rows), strict=True))
 
 
 class EmulatedLink:
     """A copy that takes ``latency_s + nbytes / bytes_per_s``, one transfer at a time.
 
-    The deadline counts from the later of "now" and the end of the transfer before, so that sleeping too long
-    once does not slow the link down for good.
+    The bus goes on by itself: a transfer begins when it was asked for or when the one before ended, however late
+    the thread that imitates it wakes up.
 
     Args:
+        host_s: imitated seconds of computing one expert on the host; None where the host never does.
         clock, sleep: injected for tests.
     """
 
@@ -49,20 +66,34 @@ class EmulatedLink:
         self,
         bytes_per_s: float,
         latency_s: float,
-        clock: Callable[[], float] = time.monotonic,
+        host_s: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.bytes_per_s = bytes_per_s
         self.latency_s = latency_s
+        self.host_s = host_s
         self._clock = clock
         self._sleep = sleep
         self._free_at = 0.0
 
-    def transfer(self, source: ExpertTensors, target: ExpertTensors, nbytes: int) -> None:
-        """Copy ``source`` into ``target`` and return when an imitated bus would have finished."""
-        self._free_at = max(self._clock(), self._free_at) + self.latency_s + nbytes / self.bytes_per_s
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
-        remaining = self._free_at - self._clock()
+    def pieces(self, source: ExpertTensors, target: ExpertTensors, nbytes: int) -> Iterator[None]:
+        """Copy ``source`` into ``target``; exhausted when an imitated bus would have finished."""
+        return self._pieces(source, target, nbytes, self._clock())
+
+    def _pieces(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, asked_s: float) -> Iterator[None]:
+        piece_s = (self.latency_s + nbytes / self.bytes_per_s) / EMULATED_PIECES
+        for number in range(EMULATED_PIECES):
+            if number:
+                yield
+            self._free_at = max(asked_s, self._free_at) + piece_s
+            if number == 0:
+                for name, tensor in target.items():
+                    tensor.copy_(source[name])
+            self.until(self._free_at)
+
+    def until(self, time_s: float) -> None:
+        """Sleep until the clock shows ``time_s``."""
+        remaining = time_s - self._clock()
         if remaining > 0:
             self._sleep(remaining)

@@ -1,18 +1,21 @@
 """Loads in flight: a thread that moves experts over the link, the urgent ones first.
 
 On a CPU (and an emulated link) the loader is a thread of its own, so that computing goes on meanwhile; compute
-waits for its own experts only. ``CudaLoader`` is the same on a copy stream with events.
+waits for its own experts only. ``CudaLoader`` is the same on copy streams with events.
 """
 
 import itertools
 import queue
 import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from raymoe.checkpoint.checkpoint import ExpertTensors
+from raymoe.errors import LoadCancelledError
 from raymoe.experts.link import Link
 
 ON_DEMAND, PREFETCH = 0, 1
@@ -31,9 +34,23 @@ class Ticket(Protocol):
         """Return when the load has ended. Raises TimeoutError where it takes too long."""
         ...
 
+    def hurry(self) -> None:
+        """Somebody waits for this load now: treat it as on demand."""
+        ...
+
+    def cancel(self) -> None:
+        """Give the load up where that is still possible; it then ends with LoadCancelledError."""
+        ...
+
+    def link_s(self) -> float | None:
+        """Seconds for which the link was busy with it, once done; None where that is not known yet."""
+        ...
+
 
 class Loader(Protocol):
     """Starts loads; they finish by themselves."""
+
+    on_idle: Callable[[], None]
 
     def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> Ticket:
         """Begin to move ``source`` into ``target``."""
@@ -44,12 +61,17 @@ class Loader(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ThreadTicket:
     """A load on the loader's thread."""
 
+    pieces: Iterator[None]
+    priority: int
+    requeue: Callable[["ThreadTicket"], None]
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
+    cancelled: bool = False
+    busy_s: float = 0.0
 
     def is_done(self) -> bool:
         """Whether the thread is through with it."""
@@ -60,21 +82,58 @@ class ThreadTicket:
         if not self.done.wait(timeout_s):
             raise TimeoutError(f"an expert was not loaded within {timeout_s:g} s")
 
+    def hurry(self) -> None:
+        """Overtake prefetches from the next piece on."""
+        if self.priority != ON_DEMAND:
+            self.priority = ON_DEMAND
+            self.requeue(self)
+
+    def cancel(self) -> None:
+        """End it before its next piece."""
+        self.cancelled = True
+
+    def link_s(self) -> float | None:
+        """Seconds on the link."""
+        return self.busy_s if self.done.is_set() and self.error is None else None
+
+    def advance(self) -> bool:
+        """Move the next piece; returns whether that was all. Errors end the load, and are kept."""
+        start = time.perf_counter()
+        try:
+            if self.cancelled:
+                raise LoadCancelledError("the load was cancelled")
+            next(self.pieces)
+        except StopIteration:
+            pass
+        except BaseException as error:  # handed to whoever waits for this expert
+            self.error = error
+        else:
+            self.busy_s += time.perf_counter() - start
+            return False
+        self.busy_s += time.perf_counter() - start
+        self.done.set()
+        return True
+
 
 class ThreadLoader:
-    """One thread, one link, a queue by priority then arrival."""
+    """One thread, one link, a queue by priority then arrival.
+
+    Attributes:
+        on_idle: called on the loader's thread when nothing is left to load.
+    """
 
     def __init__(self, link: Link, name: str) -> None:
+        self.on_idle: Callable[[], None] = lambda: None
         self._link = link
         self._order = itertools.count()
-        self._queue: queue.PriorityQueue = queue.PriorityQueue()
+        self._queue: queue.PriorityQueue[tuple[int, int, ThreadTicket | None]] = queue.PriorityQueue()
         self._thread = threading.Thread(target=self._run, name=f"loader-{name}", daemon=True)
         self._thread.start()
 
     def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> ThreadTicket:
         """Queue one load."""
-        ticket = ThreadTicket()
-        self._queue.put((priority, next(self._order), (source, target, nbytes, ticket)))
+        ticket = ThreadTicket(self._link.pieces(source, target, nbytes), priority, self._put)
+        self._put(ticket)
         return ticket
 
     def close(self) -> None:
@@ -82,37 +141,55 @@ class ThreadLoader:
         self._queue.put((PREFETCH + 1, next(self._order), None))
         self._thread.join(timeout=5)
 
+    def _put(self, ticket: ThreadTicket) -> None:
+        self._queue.put((ticket.priority, next(self._order), ticket))
+
     def _run(self) -> None:
-        while (item := self._queue.get()[2]) is not None:
-            source, target, nbytes, ticket = item
-            try:
-                self._link.transfer(source, target, nbytes)
-            except BaseException as error:  # handed to whoever waits for this expert
-                ticket.error = error
-            ticket.done.set()
+        while True:
+            _, order, ticket = self._queue.get()
+            if ticket is None:
+                return
+            if ticket.is_done():  # it was queued twice, for it had to hurry
+                continue
+            if not ticket.advance():
+                self._queue.put((ticket.priority, order, ticket))  # after each piece, so that urgent loads overtake
+            elif self._queue.empty():
+                self.on_idle()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class CudaTicket:
     """A load on the copy stream: computing waits on the device, the host does not."""
 
-    event: torch.cuda.Event
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
     stream_of: torch.device
     error: BaseException | None = None
 
     def is_done(self) -> bool:
         """Whether the copy has happened on the device."""
-        return self.event.query()
+        return self.end.query()
 
     def wait(self, timeout_s: float) -> None:
         """Make the current stream wait for the copy."""
-        torch.cuda.current_stream(self.stream_of).wait_event(self.event)
+        torch.cuda.current_stream(self.stream_of).wait_event(self.end)
+
+    def hurry(self) -> None:
+        """Nothing: the copy is in the device's hands."""
+
+    def cancel(self) -> None:
+        """Nothing: the copy is in the device's hands."""
+
+    def link_s(self) -> float | None:
+        """Seconds between the copy's beginning and end on the device."""
+        return self.begin.elapsed_time(self.end) / 1e3 if self.end.query() else None
 
 
 class CudaLoader:
     """Copies from pinned host memory on streams of its own; on-demand loads go before prefetches."""
 
     def __init__(self, device: torch.device) -> None:
+        self.on_idle: Callable[[], None] = lambda: None
         self._device = device
         least, greatest = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]
         self._streams = {
@@ -125,11 +202,12 @@ class CudaLoader:
         stream = self._streams[priority]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(stream)
             for name, tensor in target.items():
                 tensor.copy_(source[name], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(stream)
-        return CudaTicket(event, self._device)
+            end.record(stream)
+        return CudaTicket(begin, end, self._device)
 
     def close(self) -> None:
         """Wait for copies in flight."""

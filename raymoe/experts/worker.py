@@ -4,6 +4,8 @@ The worker alone owns its residency. It computes one layer call at a time; prefe
 come from other threads.
 """
 
+import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
@@ -12,15 +14,18 @@ import torch
 from torch import nn
 
 from raymoe.checkpoint.checkpoint import MoeLayer
+from raymoe.config import SchedulingConfig
 from raymoe.errors import CapacityError, ExpertUnavailableError
 from raymoe.experts.call import ExpertAnswer, ExpertCall, expert_id, layer_and_expert
 from raymoe.experts.compute import LayerCompute, WeightTable
+from raymoe.experts.costs import Cost
 from raymoe.experts.host_store import HostStore, ReadExpert
-from raymoe.experts.link import Link, MemoryLink
+from raymoe.experts.link import EmulatedLink, Link, MemoryLink
 from raymoe.experts.loader import CudaLoader, Loader, ThreadLoader
-from raymoe.experts.shelf import Shelf, ShelfCounters
+from raymoe.experts.shelf import Shelf, ShelfCounters, Step
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.kernels.native import NativeKernels
+from raymoe.placement.keeping import Keeper
 from raymoe.types import ExpertKey
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -40,11 +45,33 @@ class WorkerReport:
     calls: int
     hits: int
     misses: int
+    hosted: int
     loads: int
     bytes_loaded: int
     evictions: int
     prefetches: int
     prefetches_refused: int
+    prefetches_late: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Begun:
+    """A call whose loads are under way.
+
+    Attributes:
+        step: None where experts need no slots.
+        early_PH: outputs of the pairs that needed no load, once somebody has asked for them.
+    """
+
+    call: ExpertCall
+    start_s: float
+    step: Step | None
+    early_PH: torch.Tensor | None = None
+
+    @property
+    def ready_P(self) -> np.ndarray:
+        """Bool per pair: whether its expert needed no load."""
+        return np.ones(len(self.call.experts_P), dtype=bool) if self.step is None else self.step.slots_P >= 0
 
 
 class ExpertWorker:
@@ -60,6 +87,7 @@ class ExpertWorker:
             a link, and elsewhere gives every owned expert a slot.
         link: how experts reach the slots on a CPU; None is a plain copy.
         kernels: native kernels, or None to compute with torch.
+        scheduling: how to evict, and whether to prefetch and to compute on the host.
     """
 
     def __init__(
@@ -74,6 +102,7 @@ class ExpertWorker:
         slot_budget_bytes: int | None = None,
         link: Link | None = None,
         kernels: NativeKernels | None = None,
+        scheduling: SchedulingConfig | None = None,
     ) -> None:
         self.name = name
         self.device = device
@@ -91,6 +120,10 @@ class ExpertWorker:
         self._shelf_of_layer: list[int] = []
         self._direct = ShelfCounters()
         self._calls = 0
+        self._scheduling = scheduling or SchedulingConfig()
+        self._host_computes = self._computes
+        if device.type == "cuda":
+            self._host_computes = [LayerCompute(module, dtype, torch.device("cpu"), kernels) for module in modules]
 
     @property
     def num_layers(self) -> int:
@@ -110,8 +143,8 @@ class ExpertWorker:
         self.store.load(keys, progress)
         for key in keys:
             self._owned[key.layer][key.expert] = True
-            if not self.has_slots:
-                self._tables[key.layer].put(key.expert, self.store.experts[expert_id(key.layer, key.expert)])
+            self._tables[key.layer].put(key.expert, self.store.experts[expert_id(key.layer, key.expert)])
+        self._assist()
 
     def load_all(self) -> None:
         """Bring every owned expert into a slot. Raises CapacityError where the budget is too small."""
@@ -137,16 +170,71 @@ class ExpertWorker:
         self._loader = CudaLoader(self.device) if on_cuda else ThreadLoader(self._link, self.name)
         experts = max(layer.num_experts for layer in self.layers)
         slots = share_slots(self.name, self.slot_budget_bytes, sizes, counts)
-        for kind, count, size in zip(kinds, slots, sizes, strict=True):
-            pool = SlotPool(dict(kind), count, self.dtype, self.device)
-            residency = Residency(count, len(self.layers), experts)
-            self._shelves.append(Shelf(pool, residency, self._loader, self.store, size))
+        for kind, (shape, count, size) in enumerate(zip(kinds, slots, sizes, strict=True)):
+            pool = SlotPool(dict(shape), count, self.dtype, self.device)
+            sharing = len({key.layer for key in keys if self._shelf_of_layer[key.layer] == kind})
+            residency = Residency(count, len(self.layers), experts, max(1, sharing))
+            self._shelves.append(Shelf(pool, residency, self._loader, self.store, size, self._new_keeper()))
+        self._loader.on_idle = self._on_idle
+
+    def _new_keeper(self) -> Keeper:
+        eviction = self._scheduling.eviction if self._scheduling.policy == "importance" else "lru"
+        experts = max(layer.num_experts for layer in self.layers)
+        return Keeper(eviction, len(self.layers), experts, self._scheduling.score_window)
+
+    def reconfigure(self, scheduling: SchedulingConfig) -> None:
+        """Evict, prefetch and assist by other settings from the next call on. Policy and timeouts stay."""
+        before, self._scheduling = self._scheduling, scheduling
+        if (before.eviction, before.score_window) != (scheduling.eviction, scheduling.score_window):
+            for shelf in self._shelves:
+                shelf.replace_keeper(self._new_keeper())
+        self._assist()
+
+    def _assist(self) -> None:
+        """Let the host compute experts where that is asked for and can pay: it needs a core of its own.
+
+        On a CPU device the host is the device, so only an emulated link has a host beside it, with a time of its own.
+        """
+        wanted = self._scheduling.policy == "importance" and self._scheduling.host_assist
+        link = self._link
+        if isinstance(link, EmulatedLink):
+            host_s = link.host_s
+        else:
+            spare = self.device.type == "cuda" and len(os.sched_getaffinity(0)) > 1
+            host_s = self._time_on_host() if wanted and spare else None
+        for shelf in self._shelves:
+            shelf.host_cost = Cost(host_s) if wanted and host_s is not None else None
+
+    @torch.inference_mode()
+    def _time_on_host(self) -> float:
+        """Seconds of computing one expert for one row on the host, the quicker of two runs."""
+        identifier = next(iter(self.store.experts), None)
+        if identifier is None:
+            return 0.0
+        layer, expert = layer_and_expert(identifier)
+        rows = torch.zeros((1, self._hidden(layer)), dtype=self.dtype)
+        times = []
+        for _ in range(2):
+            start = time.perf_counter()
+            one, first = np.array([expert], dtype=np.int32), np.zeros(1, dtype=np.int32)
+            self._host_computes[layer](self._tables[layer], one, rows, first)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def _hidden(self, layer: int) -> int:
+        return self.layers[layer].shapes["down_proj"][-1 if self._host_computes[layer].math.is_transposed else 0]
 
     # --- computing --------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def compute(self, call: ExpertCall) -> ExpertAnswer:
         """Compute every pair of ``call``, loading what is missing.
+
+        Raises ExpertUnavailableError where an expert is not in this worker's shard.
+        """
+        return self.finish(self.begin(call))
+
+    def begin(self, call: ExpertCall) -> Begun:
+        """Start the loads of a call, so that its caller can do something else meanwhile. Must be finished.
 
         Raises ExpertUnavailableError where an expert is not in this worker's shard.
         """
@@ -156,64 +244,142 @@ class ExpertWorker:
                 f'device "{self.name}" does not own all experts asked for in layer {call.layer}'
             )
         self._calls += 1
+        start_s = time.perf_counter()
         if not self.has_slots:
-            self._direct.hits += len(call.experts_P)
-            output_PH = self._computes[call.layer](
-                self._tables[call.layer], call.experts_P, call.hidden_RH, call.rows_P
-            )
-            return ExpertAnswer(output_PH=output_PH, hits=len(call.experts_P))
-        return self._compute_in_slots(call)
-
-    def _compute_in_slots(self, call: ExpertCall) -> ExpertAnswer:
+            return Begun(call=call, start_s=start_s, step=None)
         shelf = self._shelves[self._shelf_of_layer[call.layer]]
-        compute = self._computes[call.layer]
+        step = shelf.begin_step(call.layer, call.experts_P, call.hidden_RH.shape[0], call.scores_E)
+        return Begun(call=call, start_s=start_s, step=step)
+
+    @torch.inference_mode()
+    def finish(self, begun: Begun) -> ExpertAnswer:
+        """The answer to a call that has begun."""
+        call = begun.call
+        if begun.step is None:
+            self._direct.hits += len(call.experts_P)
+            return ExpertAnswer(output_PH=self._ready_output(begun), hits=len(call.experts_P))
+        return self._finish_in_slots(begun, begun.step)
+
+    @torch.inference_mode()
+    def preview(self, begun: Begun) -> tuple[np.ndarray, torch.Tensor]:
+        """What is known of the answer to a call that has begun: which pairs needed no load, and their outputs.
+
+        Waits for nothing, and changes neither residency nor totals: what was ready is shielded until the call is
+        finished. ``finish`` takes these outputs instead of computing them again.
+        """
+        ready_P = begun.ready_P
+        if not ready_P.any():
+            return ready_P, begun.call.hidden_RH.new_empty((0, begun.call.hidden_RH.shape[1]))
+        return ready_P, self._ready_output(begun)
+
+    def _ready_output(self, begun: Begun) -> torch.Tensor:
+        """Outputs of the pairs that needed no load; there is at least one."""
+        if begun.early_PH is None:
+            call, step = begun.call, begun.step
+            hidden_RH = call.hidden_RH.to(self.device)
+            table, index_P, rows_P = self._tables[call.layer], call.experts_P, call.rows_P
+            if step is not None:
+                table, index_P = self._shelves[self._shelf_of_layer[call.layer]].pool.table, step.slots_P
+                if not step.is_ready:
+                    index_P, rows_P = index_P[begun.ready_P], rows_P[begun.ready_P]
+            begun.early_PH = self._computes[call.layer](table, index_P, hidden_RH, rows_P)
+        return begun.early_PH
+
+    def _finish_in_slots(self, begun: Begun, step: Step) -> ExpertAnswer:
+        call = begun.call
+        shelf = self._shelves[self._shelf_of_layer[call.layer]]
         hidden_RH = call.hidden_RH.to(self.device)
-        before = shelf.counters.loads
-        slots_P, step = shelf.begin_step(call.layer, call.experts_P, call.scores_E)
+        hosted = 0
         try:
-            if step is None:
-                output_PH = compute(shelf.pool.table, slots_P, hidden_RH, call.rows_P)
+            if step.is_ready:
+                output_PH = self._ready_output(begun)
             else:
                 output_PH = hidden_RH.new_empty((len(call.experts_P), hidden_RH.shape[1]))
-                ready_P = np.flatnonzero(slots_P >= 0)
-                if ready_P.size:
-                    output_PH[torch.from_numpy(ready_P)] = compute(
-                        shelf.pool.table, slots_P[ready_P], hidden_RH, call.rows_P[ready_P]
-                    )
-                    shelf.release(step, np.unique(slots_P[ready_P]).tolist())
-                while (arrived := shelf.next_arrival(step)) is not None:
-                    identifier, slot = arrived
-                    mine_P = np.flatnonzero(call.experts_P == layer_and_expert(identifier)[1])
-                    index_P = np.full(len(mine_P), slot, dtype=np.int32)
-                    output_PH[torch.from_numpy(mine_P)] = compute(
-                        shelf.pool.table, index_P, hidden_RH, call.rows_P[mine_P]
-                    )
-                    shelf.release(step, [slot])
+                self._take_ready(shelf, begun, step, output_PH)
+                hosted = self._compute_on_host(call, step, output_PH)
+                self._compute_arrivals(shelf, call, step, hidden_RH, output_PH)
+                if step.hosted and isinstance(self._link, EmulatedLink):
+                    self._link.until(begun.start_s + len(step.hosted) * (self._link.host_s or 0.0))
         finally:
-            loaded, evicted = shelf.end_step()
-        hits = int(np.count_nonzero(slots_P >= 0))
-        loads = shelf.counters.loads - before
+            loaded, evicted, loads = shelf.end_step(step)
+        shelf.counters.hosted += hosted
+        hits = int(np.count_nonzero(step.slots_P >= 0))
         return ExpertAnswer(
             output_PH=output_PH,
             hits=hits,
-            misses=len(slots_P) - hits,
+            misses=len(step.slots_P) - hits,
+            hosted=hosted,
             loads=loads,
             bytes_loaded=loads * shelf.expert_bytes,
             loaded=loaded,
             evicted=evicted,
+            load_s=shelf.load_cost.mean_s if loaded or evicted else None,
         )
 
-    def prefetch(self, layer: int, expert: int, score: float) -> bool:
-        """Load an expert ahead of need, unless that would cost a shielded or better one.
+    def _take_ready(self, shelf: Shelf, begun: Begun, step: Step, output_PH: torch.Tensor) -> None:
+        ready_P = np.flatnonzero(begun.ready_P)
+        if ready_P.size:
+            output_PH[torch.from_numpy(ready_P)] = self._ready_output(begun)
+            shelf.release(step, np.unique(step.slots_P[ready_P]).tolist())
 
-        Returns whether it is resident or on its way.
+    def _compute_on_host(self, call: ExpertCall, step: Step, output_PH: torch.Tensor) -> int:
+        """Compute the step's hosted experts from host memory; returns how many pairs that were."""
+        if not step.hosted:
+            return 0
+        experts = np.array([layer_and_expert(identifier)[1] for identifier in step.hosted])
+        mine_P = np.flatnonzero(np.isin(call.experts_P, experts))
+        mine_P = mine_P[np.argsort(call.experts_P[mine_P], kind="stable")]
+        start = time.perf_counter()
+        output = self._host_computes[call.layer](
+            self._tables[call.layer], call.experts_P[mine_P], call.hidden_RH.cpu(), call.rows_P[mine_P]
+        )
+        cost = self._shelves[self._shelf_of_layer[call.layer]].host_cost
+        if cost is not None and not self._link.emulated:
+            cost.add((time.perf_counter() - start) / len(step.hosted))
+        output_PH[torch.from_numpy(mine_P).to(output_PH.device)] = output.to(output_PH.device)
+        return len(mine_P)
+
+    def _compute_arrivals(
+        self, shelf: Shelf, call: ExpertCall, step: Step, hidden_RH: torch.Tensor, output_PH: torch.Tensor
+    ) -> None:
+        while (arrived := shelf.next_arrival(step)) is not None:
+            identifier, slot = arrived
+            mine_P = np.flatnonzero(call.experts_P == layer_and_expert(identifier)[1])
+            index_P = np.full(len(mine_P), slot, dtype=np.int32)
+            output_PH[torch.from_numpy(mine_P)] = self._computes[call.layer](
+                shelf.pool.table, index_P, hidden_RH, call.rows_P[mine_P]
+            )
+            shelf.release(step, [slot])
+
+    # --- outside of calls -------------------------------------------------------------------------------
+
+    def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
+        """A forecast for a layer to come: keep these experts, or load them when the link is free.
+
+        Experts that are not in this worker's shard are ignored.
         """
-        if not 0 <= layer < len(self.layers) or not 0 <= expert < self.layers[layer].num_experts:
-            return False
-        if not self._owned[layer][expert]:
-            return False
-        identifier = expert_id(layer, expert)
-        return not self.has_slots or self._shelf(identifier).prefetch(identifier, score)
+        if not self.has_slots or not self._shelves or not 0 <= layer < len(self.layers):
+            return
+        mine = (experts >= 0) & (experts < self.layers[layer].num_experts)
+        mine[mine] &= self._owned[layer][experts[mine]]
+        self._shelves[self._shelf_of_layer[layer]].expect(layer, experts[mine], scores[mine])
+
+    def ready(self, layer: int) -> np.ndarray:
+        """Bool per expert of the layer: whether it could be computed now without a load."""
+        if not self.has_slots:
+            return self._owned[layer]
+        if not self._shelves:
+            return np.zeros(self.layers[layer].num_experts, dtype=bool)
+        return self._shelves[self._shelf_of_layer[layer]].ready(layer)[: self.layers[layer].num_experts]
+
+    @property
+    def load_s(self) -> float | None:
+        """Seconds for which one expert lately kept the link busy; None where nothing was loaded yet."""
+        return max((s for shelf in self._shelves if (s := shelf.load_cost.mean_s) is not None), default=None)
+
+    def _on_idle(self) -> None:
+        for shelf in self._shelves:
+            shelf.on_idle()
 
     def _shelf(self, identifier: int) -> Shelf:
         return self._shelves[self._shelf_of_layer[layer_and_expert(identifier)[0]]]

@@ -1,10 +1,12 @@
-"""Prefill and decode of single sequences through the trunk, for every kind of cache.
+"""Prefill and decode through the trunk: single sequences for every kind of cache, rows in lockstep for most.
 
 The generic path uses the very hooks that transformers' ``generate`` uses, so that each architecture's own
 preparation of inputs applies. Architectures that override none of them take a direct call instead.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +14,12 @@ import torch
 from transformers import DynamicCache
 from transformers.generation import GenerationMixin
 
+from raymoe.errors import RequestError
+
 
 @dataclass(slots=True)
 class SequenceState:
-    """One sequence's tokens so far ([1, n]; on the direct path only the prompt's), its cache, and its length."""
+    """Tokens so far ([1, n], or [rows, n]; on the direct path only the prompt's), their cache, and their length."""
 
     ids: torch.Tensor
     kwargs: dict[str, Any]
@@ -68,11 +72,18 @@ class Runner:
     @torch.inference_mode()
     def decode(self, state: SequenceState, token: int) -> torch.Tensor:
         """Run one more token; returns the logits after it. Mutates ``state``."""
-        if not self._single_threaded_decode or state.length >= LONG_CONTEXT:
+        with self._threads_for(state):
             return self._decode(state, token)
+
+    @contextmanager
+    def _threads_for(self, state: SequenceState) -> Iterator[None]:
+        """One thread for torch while single tokens decode, where that was asked for."""
+        if not self._single_threaded_decode or state.length >= LONG_CONTEXT:
+            yield
+            return
         torch.set_num_threads(1)
         try:
-            return self._decode(state, token)
+            yield
         finally:
             torch.set_num_threads(self._threads)
 
@@ -97,6 +108,48 @@ class Runner:
             **self._keep_last,
         )
         return outputs.logits[0, -1].float()
+
+    # --- several sequences of equal length ---------------------------------------------------------------
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether several sequences can run in lockstep: not where the architecture prepares its inputs itself."""
+        return self._direct
+
+    @torch.inference_mode()
+    def prefill_rows(self, rows: list[list[int]]) -> tuple[torch.Tensor, SequenceState]:
+        """Run prompts of equal length in one forward; returns the logits after each ([rows, vocabulary], float32).
+
+        Raises RequestError where the architecture takes single sequences only.
+        """
+        if not self._direct:
+            raise RequestError(
+                f"{type(self.model).__name__} prepares its inputs in a way of its own: run one sequence at a time, "
+                f"not {len(rows)} in lockstep"
+            )
+        ids = torch.tensor(rows, device=self.device)
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        state = SequenceState(ids, {"past_key_values": cache}, ids.shape[1])
+        return self._forward_rows(ids, 0, cache), state
+
+    @torch.inference_mode()
+    def decode_rows(self, state: SequenceState, tokens: list[int]) -> torch.Tensor:
+        """Run one more token of every row; returns the logits after each. Mutates ``state``."""
+        ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
+        state.length += 1
+        with self._threads_for(state):
+            return self._forward_rows(ids, state.length - 1, state.kwargs["past_key_values"])
+
+    def _forward_rows(self, ids: torch.Tensor, start: int, cache: DynamicCache) -> torch.Tensor:
+        outputs = self.model(
+            input_ids=ids,
+            position_ids=torch.arange(start, start + ids.shape[1], device=self.device).expand_as(ids),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **self._keep_last,
+        )
+        return outputs.logits[:, -1].float()
 
     @staticmethod
     def cache_bytes(state: SequenceState) -> int:

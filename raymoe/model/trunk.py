@@ -23,7 +23,13 @@ IMPLEMENTATION = "raymoe"
 
 
 class ExpertBackend(Protocol):
-    """Whoever computes routed experts."""
+    """Whoever has the last word on routing, and computes routed experts."""
+
+    def route(
+        self, layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts to compute and their weights, given the router's; the same tensors where nothing changes."""
+        ...
 
     def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
         """Unweighted output of every chosen expert for every token, [T, K, H]."""
@@ -38,8 +44,10 @@ def remote_experts_forward(
     The sum runs over K in the router's order and in the precision of transformers' own ``grouped_mm``, so the
     result does not depend on who computed what.
     """
-    output_TKH = module.raymoe_backend.compute(module.raymoe_layer, hidden_states, top_k_index)
-    weighted_TKH = output_TKH * top_k_weights.unsqueeze(-1)
+    backend: ExpertBackend = module.raymoe_backend
+    experts_TK, weights_TK = backend.route(module.raymoe_layer, top_k_index, top_k_weights)
+    output_TKH = backend.compute(module.raymoe_layer, hidden_states, experts_TK)
+    weighted_TKH = output_TKH * weights_TK.unsqueeze(-1)
     return weighted_TKH.sum(dim=1).to(hidden_states.dtype)
 
 

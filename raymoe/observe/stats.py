@@ -29,11 +29,13 @@ class DeviceStats:
     calls: int
     hits: int
     misses: int
+    hosted: int
     loads: int
     bytes_loaded: int
     evictions: int
     prefetches: int
     prefetches_refused: int
+    prefetches_late: int
     dropped_messages: int = 0
 
     @property
@@ -44,7 +46,14 @@ class DeviceStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """The engine's counts and totals; ``decode_s`` is time spent in decode steps."""
+    """The engine's counts and totals.
+
+    Attributes:
+        hits, misses, hosted, substituted: (token, expert) pairs, as in ``Routing``.
+        alpha: of the requests that ask for no quality of their own; the live value where it follows a budget.
+        decode_s: time spent in decode steps.
+        refused_settings: why the last change of settings by Serve's ``user_config`` was not made.
+    """
 
     model: str
     architecture: str
@@ -59,15 +68,31 @@ class EngineStats:
     kv_budget_bytes: int | None
     hits: int
     misses: int
+    hosted: int
+    substituted: int
+    substituted_gate_mass: float
     loads: int
     bytes_loaded: int
+    alpha: float
     decode_s: float
     steps: int
+    refused_settings: str | None = None
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of (token, expert) pairs whose expert was resident."""
+        return Routing(hits=self.hits, misses=self.misses).hit_rate
+
+    @property
+    def substituted_share(self) -> float:
+        """Share of (token, expert) pairs in which another expert than the router's was computed."""
+        pairs = self.hits + self.misses
+        return self.substituted / pairs if pairs else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStats:
-    """Everything: devices by name, the engine (None where only the workers were asked), replication, policy."""
+    """Everything: devices by name, the engine (None where none has told its counts yet), replication, policy."""
 
     app: str
     devices: dict[str, DeviceStats]
@@ -76,5 +101,13 @@ class ClusterStats:
     policy: str = "on_demand"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON, with the rates."""
+        everything = asdict(self)
+        for name, device in self.devices.items():
+            everything["devices"][name]["hit_rate"] = device.hit_rate
+        if self.engine is not None:
+            everything["engine"] |= {
+                "hit_rate": self.engine.hit_rate,
+                "substituted_share": self.engine.substituted_share,
+            }
+        return everything

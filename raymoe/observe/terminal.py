@@ -1,7 +1,7 @@
 """Progress and tables on a terminal."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,6 +11,10 @@ from rich.table import Table
 
 from raymoe.observe.stats import ClusterStats
 
+if TYPE_CHECKING:
+    from raymoe.engine.profile import Profile
+    from raymoe.engine.tune import Tuned
+
 
 class Progress:
     """Long work: a spinner or bar on a terminal, one line per stage in a log. Both go to standard error."""
@@ -18,7 +22,8 @@ class Progress:
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._bars: Bars | None = None
-        self._stage = ""
+        self._line = ""
+        self._tenth = ("", -1)
 
     def __enter__(self) -> "Progress":
         return self
@@ -32,14 +37,23 @@ class Progress:
 
     def advance(self, stage: str, done: int, total: int) -> None:
         """``done`` of ``total`` bytes; the first call with another stage begins it."""
+        self._show(stage, done, total, f"{format_bytes(done)} of {format_bytes(total)}" if total else "", stage)
+
+    def count(self, stage: str, done: int, total: int) -> None:
+        """``done`` of ``total`` tokens; a log gets a line for every tenth."""
+        size = f"{done:,} of {total:,} tokens"
+        if self._console.is_terminal or (stage, 10 * done // max(1, total)) != self._tenth:
+            self._tenth = stage, 10 * done // max(1, total)
+            self._show(stage, done, total, size, f"{stage}: {size}")
+
+    def _show(self, stage: str, done: int, total: int, size: str, line: str) -> None:
         if self._console.is_terminal:
             if self._bars is None:
                 self._bars = self._start_bars()
-            size = f"{format_bytes(done)} of {format_bytes(total)}" if total else ""
             self._bars.update(self._task, description=stage, completed=done, total=total or None, size=size)
-        elif stage != self._stage:
-            print(stage, file=sys.stderr, flush=True)
-        self._stage = stage
+        elif line != self._line:
+            print(line, file=sys.stderr, flush=True)
+        self._line = line
 
     def stop(self) -> None:
         """Take the bar off the terminal; a later stage brings it back."""
@@ -91,9 +105,53 @@ def show_checkpoint(facts: dict[str, Any]) -> None:
     console.print(table)
 
 
+def show_profile(profile: "Profile") -> None:
+    """A table of layers: how alike experts are, and which stand alone."""
+    columns = ("Layer", "Experts", "Never chosen", "Best similarity", "Least", "Critical")
+    table = plain_table(f"{profile.model_type}, {profile.tokens:,} tokens", columns)
+    for index, layer in enumerate(profile.layers):
+        table.add_row(
+            str(index),
+            str(len(layer.chosen_E)),
+            str(int((layer.chosen_E == 0).sum())),
+            f"{layer.best_E.mean():.3f}",
+            f"{layer.best_E.min():.3f}",
+            ", ".join(map(str, layer.critical_E.nonzero()[0].tolist())) or "none",
+        )
+    Console().print(table)
+
+
+def show_tuned(tuned: "Tuned", tokens: int) -> None:
+    """A table of measured alphas."""
+    columns = ("alpha", "TPOT", "Perplexity", "Change", "Same top-1", "Hits", "Loads/token")
+    table = plain_table(f"{tokens:,} tokens for each alpha", columns)
+    for point in tuned.points:
+        table.add_row(
+            f"{point.alpha:g}",
+            f"{point.tpot_s * 1e3:.2f} ms",
+            f"{point.perplexity:.3f}",
+            f"{point.perplexity_ratio - 1:+.2%}",
+            f"{point.top1_agreement:.1%}",
+            f"{point.routing.hit_rate:.1%}",
+            f"{point.routing.loads / max(1, tokens):.2f}",
+        )
+    Console().print(table)
+
+
+def plain_table(title: str, columns: tuple[str, ...]) -> Table:
+    """A table of figures."""
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
 def show_status(stats: ClusterStats) -> None:
-    """A table of devices."""
-    title = f"{stats.app}: policy {stats.policy}, {stats.replication} owner(s) per expert"
+    """A table of devices, and a line on the answers so far."""
+    alpha = f" (alpha {stats.engine.alpha:.3g})" if stats.engine is not None and stats.policy == "importance" else ""
+    title = f"{stats.app}: policy {stats.policy}{alpha}, {stats.replication} owner(s) per expert"
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True
     )
@@ -112,4 +170,15 @@ def show_status(stats: ClusterStats) -> None:
             format_bytes(device.bytes_loaded),
             str(device.pid),
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    engine = stats.engine
+    if engine is not None:
+        console.print(
+            f"{engine.finished:,} answers, {engine.completion_tokens:,} tokens; {engine.hit_rate:.1%} of experts were "
+            f"resident, {engine.substituted_share:.1%} substituted ({engine.substituted_gate_mass:.1%} of gate mass)",
+            soft_wrap=True,
+        )
+        if engine.refused_settings is not None:
+            text = f"New settings were refused: {engine.refused_settings}"
+            console.print(text, style="red", markup=False, soft_wrap=True)

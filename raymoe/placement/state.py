@@ -7,7 +7,7 @@ the workers, which alone own their residency.
 from dataclasses import dataclass, field
 
 from raymoe.placement.ownership import Ownership
-from raymoe.types import DeviceName
+from raymoe.types import DeviceName, ExpertKey
 
 HOLD_S = 15.0  # a holder that has not renewed for so long is gone; several renewals fit in
 FIRST_HOLD_S = 120.0  # a start that nobody ever took hold of is abandoned
@@ -44,9 +44,10 @@ class Holders:
 
 @dataclass(slots=True)
 class ClusterState:
-    """Owners and last known residency (expert ids per device)."""
+    """Owners, the one that engines ask for each expert, and last known residency (expert ids per device)."""
 
     ownership: Ownership = field(default_factory=dict)
+    primary: dict[ExpertKey, DeviceName] = field(default_factory=dict)
     resident: dict[DeviceName, set[int]] = field(default_factory=dict)
 
     def apply_residency(self, device: DeviceName, loaded: list[int], evicted: list[int]) -> None:

@@ -21,6 +21,7 @@ from raymoe.serve.streaming import EventStream, events
 
 if TYPE_CHECKING:
     from raymoe.engine.service import Prompt
+    from raymoe.observe.stats import ClusterStats
 
 MAX_BODY_BYTES = 8 << 20  # a prompt of a million tokens takes about 4 MB as text, 7 MB as token ids
 
@@ -34,6 +35,10 @@ class Backend(Protocol):
 
     async def card(self) -> dict[str, Any]:
         """The model. Raises RaymoeError where generation does not work."""
+        ...
+
+    async def stats(self) -> "ClusterStats":
+        """Devices and engine. Raises RaymoeError where the engine does not answer."""
         ...
 
 
@@ -85,6 +90,13 @@ class Api:
         self._check_model(name)
         return {"id": self._model, "object": "model", "created": self._created, "owned_by": "raymoe"}
 
+    async def stats(self) -> dict[str, Any]:
+        """GET /v1/stats: engine and devices, without the names of resident experts."""
+        stats = (await self._backend.stats()).as_dict()
+        for device in stats["devices"].values():
+            del device["resident_experts"]
+        return stats
+
     async def health(self) -> Response:
         """GET /health: 200 where the engine can generate now, else 503."""
         try:
@@ -109,6 +121,7 @@ def create_app(api: Api, lifespan: AbstractAsyncContextManager[None] | None = No
     app.post("/v1/completions", response_model=None)(api.complete)
     app.get("/v1/models")(api.models)
     app.get("/v1/models/{name:path}")(api.model)
+    app.get("/v1/stats")(api.stats)
     app.get("/health", response_model=None)(api.health)
     return app
 

@@ -38,6 +38,7 @@ def engine_options(config: ClusterConfig) -> dict[str, Any]:
         **_common(config),
         "num_replicas": 1,
         "max_constructor_retry_count": START_ATTEMPTS,
+        "user_config": {},  # so that taking it out of a Serve config file undoes what it said
         "ray_actor_options": actor,
     }
 

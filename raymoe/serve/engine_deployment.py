@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from raymoe.config import ClusterConfig
+from raymoe.config import ClusterConfig, UserConfig
 from raymoe.engine.request import Chunk, SamplingParams
-from raymoe.errors import EngineStoppedError
+from raymoe.errors import EngineStoppedError, RaymoeError
 from raymoe.serve.batch import Batch
 from raymoe.serve.errors import RequestTimeoutError
 from raymoe.serve.inbox import Inbox
@@ -39,6 +39,8 @@ class EngineServer:
     def _start(self, session: "Session", config: ClusterConfig) -> None:
         self._session: Session | None = session
         self._service = session.service
+        self._config = config
+        self._has_started = False
         self._timeout_s = config.serving.request_timeout_s
         self._token_texts: dict[int, str] = {}
 
@@ -110,8 +112,29 @@ class EngineServer:
         assert self._session is not None
         return await asyncio.to_thread(self._session.stats)
 
+    async def reconfigure(self, user_config: Any) -> None:
+        """Called by Serve at the start, and when a deployment's ``user_config`` was changed: no restart then.
+
+        The settings become those of the cluster configuration with ``user_config: {scheduling: {…}}`` upon them; what
+        it no longer names goes back. At the start a wrong one raises ConfigError and so fails the deployment. Later,
+        the settings in force stay: Serve would replace a replica that raises, and with it lose every running answer.
+        The reason is logged, and told by the stats as ``refused_settings``.
+        """
+        assert self._session is not None
+        try:
+            settings = UserConfig.settings(user_config, self._config.scheduling)
+            await asyncio.to_thread(self._session.schedule, settings)
+        except RaymoeError as error:
+            if not self._has_started:
+                raise
+            self._session.refused_settings = str(error)
+            log.error("new settings were refused, the old ones stay: %s", error)
+        else:
+            self._session.refused_settings = None
+
     def check_health(self) -> None:
-        """Called by Serve, which replaces a replica whose check raises."""
+        """Called by Serve, for the first time at the end of the start; it replaces a replica whose check raises."""
+        self._has_started = True
         if self._service.failure is not None:
             raise EngineStoppedError(f"the engine has failed: {self._service.failure}")
 

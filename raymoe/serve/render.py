@@ -1,15 +1,15 @@
 """Answers as OpenAI's JSON: whole ones, and chunks of a stream.
 
-``routing`` is an extension: what the answer's expert calls cost (hits, misses, loads, bytes loaded).
+``usage.routing`` is an extension: what the answer's expert calls cost, and how much of it was substituted. The same
+stands beside ``usage`` as ``routing``, for streams without a chunk of usage.
 """
 
 import time
 import uuid
 from typing import Any, Protocol
 
-from raymoe.engine.request import TokenLogprob, Usage
+from raymoe.engine.request import Chunk, TokenLogprob
 from raymoe.serve.batch import Batch
-from raymoe.types import Routing
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -40,19 +40,19 @@ class _Envelope:
 
     def whole(self, choice: dict[str, Any], batch: Batch) -> dict[str, Any]:
         """A finished answer."""
-        assert batch.last is not None and batch.last.usage is not None
-        body = {**self._fields, "object": self._kind, "choices": [choice], "usage": usage_json(batch.last.usage)}
-        return body | routing_json(batch)
+        assert batch.last is not None
+        body = {**self._fields, "object": self._kind, "choices": [choice], "usage": usage_json(batch.last)}
+        return body | routing_json(batch.last)
 
     def chunk(self, kind: str, choices: list[dict[str, Any]], batch: Batch) -> dict[str, Any]:
         """A piece of an answer."""
-        body = {**self._fields, "object": kind, "choices": choices} | routing_json(batch)
+        body = {**self._fields, "object": kind, "choices": choices} | routing_json(batch.last)
         return body | {"usage": None} if self._include_usage else body
 
     def usage(self, kind: str, batch: Batch) -> dict[str, Any]:
         """The chunk that carries usage."""
-        assert batch.last is not None and batch.last.usage is not None
-        return {**self._fields, "object": kind, "choices": [], "usage": usage_json(batch.last.usage)}
+        assert batch.last is not None
+        return {**self._fields, "object": kind, "choices": [], "usage": usage_json(batch.last)}
 
 
 class ChatRenderer:
@@ -140,19 +140,28 @@ def finish_reason(batch: Batch) -> str | None:
     return batch.last.finish_reason if batch.last is not None else None
 
 
-def usage_json(usage: Usage) -> dict[str, int]:
-    """Tokens of prompt, answer and both."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-    }
+ROUTING_FIELDS = (
+    "substituted",
+    "substituted_gate_mass",
+    "hit_rate",
+    "hits",
+    "misses",
+    "hosted",
+    "loads",
+    "bytes_loaded",
+)
+"""What an answer tells of its ``Routing``."""
 
 
-def routing_json(batch: Batch) -> dict[str, Any]:
+def usage_json(last: Chunk) -> dict[str, Any]:
+    """Tokens of prompt, answer and both, and what the expert calls cost; of the chunk that finishes an answer."""
+    assert last.usage is not None
+    tokens = {name: getattr(last.usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    return tokens | routing_json(last)
+
+
+def routing_json(last: Chunk | None) -> dict[str, Any]:
     """The cost of a finished answer's expert calls; nothing before it is finished."""
-    routing: Routing | None = batch.last.routing if batch.last is not None else None
-    if routing is None:
+    if last is None or last.routing is None:
         return {}
-    counts = {name: getattr(routing, name) for name in Routing.__dataclass_fields__}
-    return {"routing": {**counts, "hit_rate": routing.hit_rate}}
+    return {"routing": {name: getattr(last.routing, name) for name in ROUTING_FIELDS}}

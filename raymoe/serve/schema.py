@@ -5,11 +5,12 @@ but aren't supported are refused, so that nobody takes an answer for what it isn
 checked by the engine, which knows the model; only types and shapes are checked here.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from raymoe.config import QUALITIES, Quality
 from raymoe.engine.request import SamplingParams
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default of /v1/completions
@@ -73,6 +74,14 @@ def as_prompt(prompt: Any) -> Any:
     return prompt
 
 
+def as_quality(value: Any) -> Any:
+    """Accept a name or a number; which ones are allowed, the engine knows."""
+    if value is None or (isinstance(value, (str, int, float)) and not isinstance(value, bool)):
+        return value
+    names = ", ".join(f'"{name}"' for name in QUALITIES)
+    raise refuse("quality", f"quality is {names}, or an alpha from 0 to the server's scheduling.alpha_max")
+
+
 def as_list(value: Any) -> Any:
     """One value or none as a list."""
     if value is None:
@@ -103,7 +112,7 @@ class GenerationRequest(Schema):
     """What chat and text completion share.
 
     ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids`` and ``ignore_eos`` are extensions that other
-    servers have too.
+    servers have too; ``quality`` is this one's own.
     """
 
     model: Text | None = Field(None, description="The served model's name; may be omitted, as there is one only.")
@@ -121,6 +130,11 @@ class GenerationRequest(Schema):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    quality: Annotated[str | float | None, BeforeValidator(as_quality)] = Field(
+        None,
+        description='How freely experts may be replaced: "exact", "balanced", "fast", or an alpha from 0 to the '
+        "server's scheduling.alpha_max; omitted: as the server is configured.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -157,6 +171,7 @@ class GenerationRequest(Schema):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logprobs=logprobs,
+            quality=cast("Quality | None", self.quality),
         )
 
 

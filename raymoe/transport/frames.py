@@ -1,11 +1,12 @@
 """Messages of the data plane: a fixed header and raw buffers.
 
-A message is a ZeroMQ multipart of one 56-byte header and the buffers whose exact lengths the header implies.
+A message is a ZeroMQ multipart of one 64-byte header and the buffers whose exact lengths the header implies.
 Nothing is unpickled; every number is checked against ``Limits`` before memory is touched. Little endian.
 
 R rows, P pairs, H hidden, E experts.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from raymoe.errors import FrameError
 from raymoe.experts.call import ExpertAnswer, ExpertCall
 
 MAGIC = b"RMOE"
-VERSION = 1
-# magic, version, kind, dtype, reserved, request, layer, rows, pairs, hidden, a, b, c, d, big
-HEADER = struct.Struct("<4sBBBBQIIIIIIIIQ")
+VERSION = 2
+# magic, version, kind, dtype, reserved, request, layer, rows, pairs, hidden, a, b, c, d, e, f, big
+HEADER = struct.Struct("<4sBBBBQIIIIIIIIIIQ")
+LOAD_S = struct.Struct("<f")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_TEXT_BYTES = 4096
@@ -36,6 +38,7 @@ class Kind(IntEnum):
     PONG = 5
     PREFETCH = 6
     RESIDENCY = 7
+    FORECAST = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """The parsed header. The meaning of a, b, c, d depends on the kind."""
+    """The parsed header. The meaning of a to f depends on the kind."""
 
     kind: Kind
     dtype: torch.dtype
@@ -69,13 +72,15 @@ class Header:
     b: int = 0
     c: int = 0
     d: int = 0
+    e: int = 0
+    f: int = 0
     big: int = 0
 
     def pack(self) -> bytes:
-        """56 bytes."""
+        """64 bytes."""
         return HEADER.pack(
             MAGIC, VERSION, self.kind, DTYPE_CODE[self.dtype], 0, self.request, self.layer, self.rows,
-            self.pairs, self.hidden, self.a, self.b, self.c, self.d, self.big,
+            self.pairs, self.hidden, self.a, self.b, self.c, self.d, self.e, self.f, self.big,
         )  # fmt: skip
 
 
@@ -88,7 +93,7 @@ def parse_header(frame: Buffer, limits: Limits) -> Header:
     raw = memoryview(frame).cast("B") if not isinstance(frame, bytes) else frame
     if len(raw) != HEADER.size:
         raise FrameError(f"a header has {HEADER.size} bytes, this frame has {len(raw)}")
-    magic, version, kind, dtype, _, request, layer, rows, pairs, hidden, a, b, c, d, big = HEADER.unpack(raw)
+    magic, version, kind, dtype, _, request, layer, rows, pairs, hidden, a, b, c, d, e, f, big = HEADER.unpack(raw)
     if magic != MAGIC:
         raise FrameError("not a raymoe frame: wrong magic")
     if version != VERSION:
@@ -103,7 +108,7 @@ def parse_header(frame: Buffer, limits: Limits) -> Header:
             raise FrameError(f"{name} is {value:,}, the limit is {limit:,}")
     return Header(
         kind=Kind(kind), dtype=DTYPES[dtype], request=request, layer=layer, rows=rows, pairs=pairs, hidden=hidden,
-        a=a, b=b, c=c, d=d, big=big,
+        a=a, b=b, c=c, d=d, e=e, f=f, big=big,
     )  # fmt: skip
 
 
@@ -148,7 +153,7 @@ def parse_call(header: Header, body: Sequence[Buffer], limits: Limits) -> Expert
 
 
 def pack_answer(request: int, answer: ExpertAnswer) -> Message:
-    """Header, outputs, and residency changes where there are any."""
+    """Header, outputs, and where experts came or went: seconds per load (float32), then their ids."""
     output = answer.output_PH
     header = Header(
         kind=Kind.ANSWER,
@@ -156,35 +161,42 @@ def pack_answer(request: int, answer: ExpertAnswer) -> Message:
         request=request,
         pairs=output.shape[0],
         hidden=output.shape[1],
-        rows=answer.loads,
-        layer=0,
         a=answer.hits,
         b=answer.misses,
         c=len(answer.loaded),
         d=len(answer.evicted),
+        e=answer.loads,
+        f=answer.hosted,
         big=answer.bytes_loaded,
     )
     message: Message = [header.pack(), tensor_bytes(output)]
     if answer.loaded or answer.evicted:
-        message.append(np.array([*answer.loaded, *answer.evicted], dtype=np.int32).data)
+        identifiers = np.array([*answer.loaded, *answer.evicted], dtype=np.int32)
+        message.append(LOAD_S.pack(answer.load_s or 0.0) + identifiers.tobytes())
     return message
 
 
 def parse_answer(header: Header, body: Sequence[Buffer], limits: Limits) -> ExpertAnswer:
     """The answer in a message."""
-    if header.c + header.d > limits.changes:
-        raise FrameError(f"{header.c + header.d:,} residency changes, the limit is {limits.changes:,}")
+    changed = header.c + header.d
+    if changed > limits.changes:
+        raise FrameError(f"{changed:,} residency changes, the limit is {limits.changes:,}")
     expected = [header.pairs * header.hidden * header.dtype.itemsize]
-    frames = exact_frames(body, [*expected, 4 * (header.c + header.d)] if header.c + header.d else expected, limits)
-    changes = np.frombuffer(frames[1], dtype=np.int32).tolist() if header.c + header.d else []
+    frames = exact_frames(body, [*expected, LOAD_S.size + 4 * changed] if changed else expected, limits)
+    changes = np.frombuffer(frames[1][LOAD_S.size :], dtype=np.int32).tolist() if changed else []
+    (load_s,) = LOAD_S.unpack(frames[1][: LOAD_S.size]) if changed else (0.0,)
+    if not 0 <= load_s < math.inf:
+        raise FrameError(f"a load takes {load_s} s, which is no time")
     return ExpertAnswer(
         output_PH=tensor_from(frames[0], header.dtype, (header.pairs, header.hidden)),
         hits=header.a,
         misses=header.b,
-        loads=header.rows,
+        loads=header.e,
+        hosted=header.f,
         bytes_loaded=header.big,
         loaded=tuple(changes[: header.c]),
         evicted=tuple(changes[header.c :]),
+        load_s=load_s or None,
     )
 
 
@@ -222,6 +234,31 @@ def parse_experts(header: Header, body: Sequence[Buffer], limits: Limits) -> tup
         np.frombuffer(frames[1], dtype=np.float32).tolist(),
         bytes(frames[2]).decode(errors="replace"),
     )
+
+
+def pack_forecast(layer: int, experts: np.ndarray, worths: np.ndarray) -> Message:
+    """The experts that a layer to come is expected to ask for, and what each is worth."""
+    header = Header(kind=Kind.FORECAST, dtype=torch.float32, request=0, layer=layer, a=len(experts))
+    return [
+        header.pack(),
+        np.ascontiguousarray(experts, dtype=np.int32).data,
+        np.ascontiguousarray(worths, dtype=np.float32).data,
+    ]
+
+
+def parse_forecast(header: Header, body: Sequence[Buffer], limits: Limits) -> tuple[int, np.ndarray, np.ndarray]:
+    """Layer, experts and worths of a forecast."""
+    if header.layer >= limits.layers:
+        raise FrameError(f"a forecast for layer {header.layer}, but there are {limits.layers}")
+    if header.a > limits.experts:
+        raise FrameError(f"a forecast of {header.a:,} experts, the limit is {limits.experts:,}")
+    frames = exact_frames(body, [4 * header.a, 4 * header.a], limits)
+    experts, worths = np.frombuffer(frames[0], dtype=np.int32), np.frombuffer(frames[1], dtype=np.float32)
+    if header.a and (experts.min() < 0 or experts.max() >= limits.experts):
+        raise FrameError(f"experts of a forecast must lie within 0 and {limits.experts - 1}")
+    if not np.isfinite(worths).all():
+        raise FrameError("what a forecast expects must be worth a finite number")
+    return header.layer, experts, worths
 
 
 def exact_frames(body: Sequence[Buffer], expected: list[int], limits: Limits) -> list[memoryview]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import zmq
 
@@ -48,8 +49,8 @@ class Worker(Protocol):
         """Compute a call."""
         ...
 
-    def prefetch(self, layer: int, expert: int, score: float) -> bool:
-        """Load an expert ahead of need, if it is welcome."""
+    def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
+        """A forecast for a layer to come."""
         ...
 
 
@@ -157,7 +158,9 @@ class WorkerServer:
             return [Header(kind=Kind.PONG, dtype=torch.float32, request=header.request).pack()]
         if header.kind is Kind.PREFETCH:
             identifiers, scores, _ = parse_experts(header, body, self._limits)
-            for identifier, score in zip(identifiers, scores, strict=True):
-                self._worker.prefetch(*layer_and_expert(identifier), score)
+            layers, experts = layer_and_expert(np.array(identifiers, dtype=np.int64))
+            for layer in np.unique(layers).tolist():
+                mine = layers == layer
+                self._worker.expect(layer, experts[mine], np.array(scores, dtype=np.float32)[mine])
             return None
         raise FrameError(f"{header.kind.name} does not belong on the control socket")

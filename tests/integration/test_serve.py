@@ -21,7 +21,9 @@ import pytest
 import ray
 import torch
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ServeDeploySchema
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deployments.app import app as bound_application
@@ -29,7 +31,8 @@ from raymoe.config import EMBEDDED_MODEL, ClusterConfig
 from raymoe.engine.request import Result
 from raymoe.errors import RequestError
 from raymoe.observe.stats import ClusterStats
-from raymoe.serve.app import build_application
+from raymoe.serve.app import build_application, engine_options
+from raymoe.serve.engine_deployment import EngineServer
 
 pytestmark = pytest.mark.integration
 
@@ -88,6 +91,35 @@ def second(server: Server) -> Server:
     }
     application = build_application(ClusterConfig.model_validate(config))
     return Server(url=f"{server.url}/second", handle=serve.run(application, name="second", route_prefix="/second"))
+
+
+def deploy_tuned(user_config: dict[str, Any] | None) -> None:
+    """What ``serve deploy`` does with a config file of one application by importance."""
+    application: dict[str, Any] = {
+        "name": "tuned",
+        "route_prefix": "/tuned",
+        "import_path": "deployments.app:build",
+        "args": {
+            "model": {"dtype": "float32"},
+            "devices": [{"name": "edge-0", "slot_memory": "12MiB"}],
+            "scheduling": {"policy": "importance", "alpha": 0.2},
+        },
+    }
+    if user_config is not None:
+        application["deployments"] = [{"name": "engine", "user_config": user_config}]
+    serve_client = _get_global_client()
+    assert serve_client is not None
+    serve_client.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+
+
+@pytest.fixture(scope="module")
+def tuned(server: Server) -> Iterator[Server]:
+    """An application of a Serve config file, with policy importance."""
+    deploy_tuned({"scheduling": {"alpha": 0.3}})
+    until(lambda: serve.status().applications["tuned"].status == "RUNNING", "the start of the application")
+    yield Server(url=f"{server.url}/tuned", handle=serve.get_app_handle("tuned"))
+    serve.delete("tuned")
+    until(lambda: actor_names("tuned") == [], "the end of the application's actors")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +188,9 @@ def test_a_streamed_chat_is_the_whole_one(client: openai.OpenAI) -> None:
     assert text == whole.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [choice.finish_reason for choice in chunks[-2].choices] == ["length"]
-    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert set(chunks[-1].usage.routing) == set(whole.usage.routing)
 
 
 def test_a_streamed_completion_is_the_whole_one(client: openai.OpenAI) -> None:
@@ -350,12 +384,89 @@ def test_a_start_that_fails_says_why_once_and_leaves_nothing(server: Server) -> 
     serve.delete("broken")
 
 
+# --- quality, and settings that change while it runs ----------------------------------------------------
+
+
+def test_an_answer_says_what_was_substituted_and_exact_ones_nothing(tuned: Server, server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{tuned.url}/v1", api_key="none", timeout=WAIT_S, max_retries=0)
+    exact, fast = (
+        client.completions.create(model="tiny-moe", prompt=PROMPT, extra_body={"quality": quality}, **GREEDY)
+        for quality in ("exact", "fast")
+    )
+    assert exact.usage is not None and fast.usage is not None
+    assert (exact.usage.routing["substituted"], exact.usage.routing["substituted_gate_mass"]) == (0, 0.0)
+    assert fast.usage.routing["substituted"] > 0 < fast.usage.routing["substituted_gate_mass"]
+    assert fast.routing == fast.usage.routing
+    untouched = server.post("/v1/completions", {"prompt": PROMPT, **GREEDY}).json()
+    assert exact.choices[0].text == untouched["choices"][0]["text"]
+    assert untouched["usage"]["routing"]["substituted"] == 0
+
+
+def test_a_streams_chunk_of_usage_has_the_cost_too(tuned: Server) -> None:
+    client = openai.OpenAI(base_url=f"{tuned.url}/v1", api_key="none", timeout=WAIT_S, max_retries=0)
+    options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    asked: Any = {"messages": CHAT, "extra_body": {"quality": 0.5}, **GREEDY, **options}
+    *_, last = client.chat.completions.create(model="tiny-moe", **asked)
+    routing = last.usage.routing
+    assert routing["hits"] + routing["misses"] > 0 < routing["substituted"]
+    assert routing["bytes_loaded"] == routing["loads"] * 196_608
+
+
+@pytest.mark.parametrize("quality", ["best", 0.9, -0.1, True, ["exact"]])
+def test_a_wrong_quality_is_400_with_what_is_allowed(tuned: Server, quality: Any) -> None:
+    for path, body in (("completions", {"prompt": PROMPT}), ("chat/completions", {"messages": CHAT, "stream": True})):
+        answer = tuned.post(f"/v1/{path}", {**body, "quality": quality})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", "quality")
+        assert '"exact", "balanced", "fast", or an alpha from 0 to ' in error["message"]
+
+
+def test_a_changed_user_config_is_in_force_without_a_restart(tuned: Server) -> None:
+    def engine() -> dict[str, Any]:
+        return tuned.get("/v1/stats").json()["engine"]
+
+    def pids() -> list[int]:
+        return [engine_pid("tuned"), *(device.pid for device in tuned.stats().devices.values())]
+
+    def in_worker() -> float:
+        worker = ray.get_actor("raymoe:tuned:worker:edge-0", "raymoe")
+        return ray.get(worker.describe.remote(), timeout=WAIT_S).scheduling.alpha
+
+    assert (engine()["alpha"], in_worker()) == (0.3, 0.3)
+    before = pids()
+    deploy_tuned({"scheduling": {"alpha": 0.4, "prefetch": "none"}})
+    until(lambda: engine()["alpha"] == 0.4, "the change of alpha")
+    assert in_worker() == 0.4
+
+    deploy_tuned({"scheduling": {"alpha": 7}})
+    until(lambda: engine()["refused_settings"] is not None, "the refusal")
+    assert engine()["refused_settings"] == "user_config: scheduling: alpha: is 7; allowed is 0 to 1"
+    assert (engine()["alpha"], in_worker()) == (0.4, 0.4)
+    assert serve.status().applications["tuned"].status == "RUNNING"
+
+    deploy_tuned(None)
+    until(lambda: engine()["alpha"] == 0.2, "the way back to the configuration's alpha")
+    assert (engine()["refused_settings"], in_worker()) == (None, 0.2)
+    assert pids() == before
+
+
+def test_a_wrong_user_config_fails_a_start_and_says_why(server: Server) -> None:
+    config = ClusterConfig.model_validate({"devices": [{"name": "edge-0", "slot_memory": "4MiB"}]})
+    engine = serve.deployment(name="engine", **engine_options(config) | {"user_config": {"scheduling": {"alpha": 7}}})
+    with pytest.raises(RuntimeError):
+        serve.run(engine(EngineServer).bind(config), name="refused", route_prefix="/refused")
+    message = serve.status().applications["refused"].deployments["engine"].message
+    assert "raymoe.errors.ConfigError: user_config: scheduling: alpha: is 7; allowed is 0 to 1" in message
+    until(lambda: actor_names("refused") == [], "the end of what the start had started")
+    serve.delete("refused")
+
+
 # --- an engine that dies --------------------------------------------------------------------------------
 
 
-def engine_pid() -> int:
-    """Process id of the first application's engine replica."""
-    title = "ray::ServeReplica:raymoe:engine"
+def engine_pid(app: str = "raymoe") -> int:
+    """Process id of an application's engine replica."""
+    title = f"ray::ServeReplica:{app}:engine"
     [process] = [one for one in psutil.Process().children(recursive=True) if "".join(one.cmdline()).startswith(title)]
     return process.pid
 

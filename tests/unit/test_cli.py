@@ -13,13 +13,14 @@ import raymoe
 from raymoe import cli
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
 from raymoe.engine.request import Chunk, Usage
+from raymoe.engine.tune import TunePoint, choose
 from raymoe.errors import CheckpointError, ExpertUnavailableError, StartError
 from raymoe.observe import terminal
-from raymoe.observe.stats import ClusterStats, DeviceStats
+from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats
 from raymoe.types import Routing
 from tests.toy_models import save_toy
 
-COMMANDS = ("serve", "generate", "inspect", "status", "synth", "version")
+COMMANDS = ("serve", "generate", "calibrate", "tune", "inspect", "status", "synth", "version")
 
 
 def run(*arguments: str, **options: Any) -> Result:
@@ -53,7 +54,9 @@ def test_no_command_shows_the_help() -> None:
     ("command", "words"),
     [
         ("serve", ["CONFIG", "--host", "127.0.0.1", "--port", "8000", "--name", "raymoe", "--chat", "Ctrl-C"]),
-        ("generate", ["PROMPT", "--config", "--max-tokens", "--temperature"]),
+        ("generate", ["PROMPT", "--config", "--max-tokens", "--temperature", "--quality"]),
+        ("calibrate", ["MODEL", "--output", "-o", "[required]", "--text", "itself says at temperature", "2048"]),
+        ("tune", ["CONFIG", "--tpot-ms", "--text", "--tokens", "512", "--json", "policy importance", "exit code is 1"]),
         ("inspect", ["PATH", "--json", "Reads headers only"]),
         ("status", ["--name", "--json"]),
         ("synth", ["OUT", "--like", "qwen3_moe", "--size", "1GB", "--seed", "no tokenizer"]),
@@ -132,9 +135,21 @@ def test_inspect_takes_a_path(tmp_path: Path) -> None:
         (["generate", "--config", "/no/such.yaml"], "can't read the cluster config /no/such.yaml"),
         (["generate", "--config", "a.yaml", "--model", "b"], "give either --config or --model"),
         (["generate", "--model", "/no/such/model"], "no such model directory: /no/such/model"),
+        (
+            ["generate", "--quality", "best"],
+            """--quality is 'best'; allowed are "exact", "balanced", "fast", or an alpha""",
+        ),
+        (["generate", "--quality", "0.7"], "--quality is 0.7; allowed are "),
         (["synth", "out", "--size", "huge"], '--size: "huge" is not a size; write bytes as a number or as "4MiB"'),
         (["synth", "out", "--like", "llama"], 'no proportions are known for "llama"'),
         (["synth", "out", "--dtype", "auto"], '--dtype is "auto", allowed is float32, bfloat16, float16'),
+        (["calibrate", "/no/such/model", "-o", "p"], "no such model directory: /no/such/model"),
+        (["calibrate", "-o", "p", "--text", "/no/such"], "can't read the text /no/such: No such file"),
+        (["calibrate", "-o", "p", "--tokens", "63"], "--tokens is 63; at least 64 are needed"),
+        (["tune", "/no/such.yaml", "--tpot-ms", "40"], "can't read the cluster config /no/such.yaml: No such file"),
+        (["tune", "c.yaml", "--tpot-ms", "0"], "--tpot-ms is 0; it must be more than 0"),
+        (["tune", "c.yaml", "--tpot-ms", "nan"], "--tpot-ms is nan; it must be more than 0"),
+        (["tune", "c.yaml", "--tpot-ms", "40", "--json", "/no/such/file"], "--json: there is no directory /no/such"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(
@@ -187,7 +202,16 @@ def test_faults_of_ours_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["serve"], ["synth"], ["inspect", "--jsn"], ["serv"], ["serve", "x", "--port", "0"]]
+    "arguments",
+    [
+        ["serve"],
+        ["synth"],
+        ["inspect", "--jsn"],
+        ["serv"],
+        ["serve", "x", "--port", "0"],
+        ["calibrate"],
+        ["tune", "x"],
+    ],
 )
 def test_wrong_usage_exits_with_two(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
@@ -211,6 +235,109 @@ def test_synth_tells_its_stages_in_a_log(tmp_path: Path) -> None:
     assert lines == ["loading raymoe", "choosing sizes", "writing model.safetensors", "done"]
 
 
+# --- calibrate and tune ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ("Too short.", "tokens; at least 64 are needed"),
+        (b"\xff\xfe", "is not a text file"),
+    ],
+)
+def test_text_that_cannot_be_used_is_refused(text: str | bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = run("calibrate", "-o", str(tmp_path / "p"), "--text", str(file))
+    assert result.exit_code == 2
+    assert message in error_of(result)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_calibrate_writes_a_profile_and_shows_its_layers(tmp_path: Path) -> None:
+    output = tmp_path / "p.safetensors"
+    result = run("calibrate", str(save_toy("qwen3_moe", tmp_path / "toy")), "-o", str(output), "--tokens", "300")
+    assert result.exit_code == 0
+    assert "qwen3_moe, 300 tokens" in result.stdout and f"wrote {output}" in result.stdout
+    assert [line.split()[:2] for line in result.stdout.splitlines() if line.strip()[:1].isdigit()] == [
+        ["0", "8"],
+        ["1", "8"],
+    ]
+    assert result.stderr.splitlines()[-3:] == [f"calibrating: {done} of 300 tokens" for done in (0, 150, 300)]
+    assert output.exists()
+
+
+def cluster_file(directory: Path, **scheduling: Any) -> Path:
+    """A toy on one local device with slots for some of its experts."""
+    model = directory / "toy"
+    if not model.exists():
+        save_toy("qwen3_moe", model)
+    file = directory / "cluster.yaml"
+    device = {"name": "cpu-0", "transport": "local", "slot_memory": 8 * 3 * 32 * 16 * 4}
+    file.write_text(json.dumps({"model": {"path": str(model)}, "devices": [device], "scheduling": scheduling}))
+    return file
+
+
+def test_tune_names_an_alpha_within_the_budget(tmp_path: Path) -> None:
+    config, figures = cluster_file(tmp_path, policy="importance", alpha_max=0.25), tmp_path / "t.json"
+    result = run("tune", str(config), "--tpot-ms", "10000", "--tokens", "64", "--json", str(figures))
+    assert result.exit_code == 0
+    assert "63 tokens for each alpha" in result.stdout
+    assert "The smallest alpha within 10000 ms per token is 0 (predicted: " in result.stdout
+    assert result.stdout.endswith("scheduling:\n  policy: importance\n  alpha: 0\n")
+    facts = json.loads(figures.read_text())
+    assert [point["alpha"] for point in facts["points"]] == [0, 0.1, 0.2, 0.25]
+    assert (facts["model"], facts["tokens"], facts["budget_s"], facts["alpha"]) == ("toy", 63, 10.0, 0.0)
+
+
+def test_tune_says_that_no_alpha_meets_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        TunePoint(
+            alpha=alpha,
+            tpot_s=tpot_s,
+            perplexity=4.0,
+            perplexity_ratio=ratio,
+            top1_agreement=0.9,
+            routing=Routing(substituted=1),
+        )
+        for alpha, tpot_s, ratio in ((0.0, 0.06, 1.0), (0.25, 0.05, 1.001))
+    ]
+    monkeypatch.setattr("raymoe.engine.tune.tune", lambda *_arguments: choose(points, 0.04, 0.25))
+    config = cluster_file(tmp_path, policy="importance", alpha_max=0.25)
+    result = run("tune", str(config), "--tpot-ms", "40", "--tokens", "64")
+    assert result.exit_code == 1
+    assert "No alpha up to 0.25 meets 40 ms per token" in result.stdout
+    assert "The fastest measured is alpha 0.25: 50.00 ms, perplexity +0.10%" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "message"),
+    [
+        ({}, 'scheduling.policy is "on_demand", which never substitutes an expert'),
+        (
+            {"policy": "importance", "similarity": "output", "profile": "/no/such"},
+            "scheduling.profile: can't read the profile /no/such: no such file",
+        ),
+    ],
+)
+def test_tune_refuses_what_can_not_be_tuned(scheduling: dict[str, Any], message: str, tmp_path: Path) -> None:
+    result = run("tune", str(cluster_file(tmp_path, **scheduling)), "--tpot-ms", "40", "--tokens", "64")
+    assert result.exit_code == 2
+    assert message in error_of(result)
+
+
+def test_tune_refuses_a_profile_of_another_model(tmp_path: Path) -> None:
+    profile = tmp_path / "p.safetensors"
+    other = save_toy("qwen3_moe", tmp_path / "other", seed=1)
+    assert run("calibrate", str(other), "-o", str(profile), "--tokens", "64").exit_code == 0
+    config = cluster_file(tmp_path, policy="importance", similarity="output", profile=str(profile))
+    result = run("tune", str(config), "--tpot-ms", "40", "--tokens", "64")
+    assert result.exit_code == 2
+    assert f"scheduling.profile: the profile {profile} was made for other weights" in error_of(result)
+
+
 # --- generate -------------------------------------------------------------------------------------------
 
 
@@ -219,6 +346,7 @@ class FakeMoe:
 
     asked: tuple[Any, dict[str, Any]]
     cluster: ClusterConfig
+    routing = Routing(hits=3, misses=1, bytes_loaded=2048)
 
     def __enter__(self) -> "FakeMoe":
         return self
@@ -228,8 +356,8 @@ class FakeMoe:
 
     def stream(self, prompt: Any, **options: Any) -> list[Chunk]:
         self.asked = (prompt, options)
-        usage, routing = Usage(prompt_tokens=3, completion_tokens=2), Routing(hits=3, misses=1, bytes_loaded=2048)
-        last = Chunk(text=" time", token_ids=(2,), finish_reason="length", usage=usage, routing=routing)
+        usage = Usage(prompt_tokens=3, completion_tokens=2)
+        last = Chunk(text=" time", token_ids=(2,), finish_reason="length", usage=usage, routing=self.routing)
         return [Chunk(text="upon a", token_ids=(1,)), last]
 
 
@@ -250,7 +378,18 @@ def test_generate_streams_text_and_tells_the_cost_apart(moe: FakeMoe) -> None:
     assert result.exit_code == 0
     assert result.stdout == "upon a time\n"
     assert "2 tokens in " in result.stderr and "75.0% of experts were resident, 2.0 KiB loaded" in result.stderr
-    assert moe.asked == ("Once", {"max_tokens": 2, "temperature": 0.0, "seed": 5})
+    assert moe.asked == ("Once", {"max_tokens": 2, "temperature": 0.0, "seed": 5, "quality": None})
+
+
+@pytest.mark.parametrize(("text", "quality"), [("exact", "exact"), ("fast", "fast"), ("0.3", 0.3), ("0", 0.0)])
+def test_generate_asks_for_a_quality(moe: FakeMoe, text: str, quality: Any) -> None:
+    run("generate", "Once", "--quality", text)
+    assert moe.asked[1]["quality"] == quality
+
+
+def test_generate_tells_what_was_substituted(moe: FakeMoe) -> None:
+    moe.routing = Routing(hits=3, misses=1, decisions=2, substituted=1, replaced_mass=0.5)
+    assert "0 B loaded, 25.0% substituted (25.0% of gate mass)" in run("generate", "Once").stderr
 
 
 def test_generate_uses_one_local_cpu_and_the_embedded_model_by_default(moe: FakeMoe) -> None:
@@ -291,7 +430,7 @@ def device_stats(name: str, **changes: Any) -> DeviceStats:
         "emulated_link": False,
         "slot_budget_bytes": 1 << 20, "peak_slot_bytes": 1 << 20, "host_bytes": 0, "owned": 128, "resident": 10,
         "resident_experts": (), "calls": 1, "hits": 3, "misses": 1, "loads": 1, "bytes_loaded": 98_304, "evictions": 0,
-        "prefetches": 0, "prefetches_refused": 0,
+        "prefetches": 0, "prefetches_refused": 0, "hosted": 0, "prefetches_late": 0,
     }  # fmt: skip
     return DeviceStats(**values | changes)
 
@@ -305,6 +444,38 @@ def test_status_shows_every_device_and_marks_emulation(capsys: pytest.CaptureFix
     shown = " ".join(capsys.readouterr().out.split())
     for words in ("demo", "2 owner(s) per expert", "emulated", "down", "10/128", "75.0%", "96.0 KiB", "4242"):
         assert words in shown
+
+
+def engine_stats(**changes: Any) -> EngineStats:
+    values: dict[str, Any] = {
+        "model": "m", "architecture": "a", "dtype": "float32", "running": 0, "waiting": 0, "finished": 2, "failed": 0,
+        "prompt_tokens": 9, "completion_tokens": 1234, "kv_bytes": 0, "kv_budget_bytes": None, "hits": 800,
+        "misses": 200, "hosted": 0, "substituted": 125, "substituted_gate_mass": 0.034, "loads": 9, "bytes_loaded": 1,
+        "alpha": 0.2625, "decode_s": 1.0, "steps": 9,
+    }  # fmt: skip
+    return EngineStats(**values | changes)
+
+
+def test_status_shows_alpha_and_what_the_answers_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    stats = ClusterStats(app="demo", devices={"a": device_stats("a")}, engine=engine_stats(), policy="importance")
+    terminal.show_status(stats)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "policy importance (alpha 0.263)" in shown
+    assert "2 answers, 1,234 tokens; 80.0% of experts were resident, 12.5% substituted (3.4% of gate mass)" in shown
+    assert "refused" not in shown
+
+
+def test_status_tells_settings_that_were_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = engine_stats(refused_settings="user_config: scheduling: alpha: is [2]; allowed is 0 to 1")
+    terminal.show_status(ClusterStats(app="demo", devices={}, engine=engine))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "New settings were refused: user_config: scheduling: alpha: is [2]; allowed is 0 to 1" in shown
+
+
+def test_status_in_json_has_the_rates() -> None:
+    stats = ClusterStats(app="demo", devices={"a": device_stats("a")}, engine=engine_stats()).as_dict()
+    assert (stats["devices"]["a"]["hit_rate"], stats["engine"]["hit_rate"]) == (0.75, 0.8)
+    assert stats["engine"]["substituted_share"] == 0.125
 
 
 class Answer:

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import deployments
-from raymoe.config import EMBEDDED_MODEL, ClusterConfig, DeviceConfig, ModelConfig, parse_size_bytes
+from raymoe.config import (
+    EMBEDDED_MODEL,
+    ClusterConfig,
+    DeviceConfig,
+    ModelConfig,
+    SchedulingConfig,
+    UserConfig,
+    parse_size_bytes,
+)
 from raymoe.errors import ConfigError
 
 DEPLOYMENTS = sorted(Path(deployments.__file__).parent.glob("*.yaml"))
@@ -104,6 +112,21 @@ def test_device_names_are_unique() -> None:
     assert "device names must be unique, but b, edge-0 is used more than once" in message
 
 
+def test_the_resident_forecast_needs_local_devices() -> None:
+    devices = [device(transport="local"), device(name="far")]
+    message = refused({"devices": devices, "scheduling": {"prefetch": "resident"}})
+    assert 'scheduling.prefetch "resident"' in message and "but far has another transport" in message
+    assert 'set transport "local" for every device, or prefetch "gate"' in message
+    ClusterConfig.parse({"devices": devices[:1], "scheduling": {"prefetch": "resident"}})
+
+
+def test_other_scheduling_is_checked_against_the_devices() -> None:
+    config = ClusterConfig()
+    with pytest.raises(ConfigError, match=r"^scheduling: .*resident.*cpu-0 has another transport"):
+        config.rescheduled(SchedulingConfig(prefetch="resident"))
+    assert config.rescheduled(SchedulingConfig(prefetch="none")).scheduling.prefetch == "none"
+
+
 @pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "a:b", "x" * 64, "é"])
 def test_device_names_are_plain(name: str) -> None:
     assert "devices.0.name" in refused({"devices": [{"name": name}]})
@@ -141,6 +164,84 @@ def test_more_owners_than_devices_are_refused() -> None:
 def test_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         ClusterConfig().model = ModelConfig()  # type: ignore[misc]
+
+
+# --- scheduling -----------------------------------------------------------------------------------------
+
+WRONG_SCHEDULING = [
+    ({"policy": "lru"}, "policy: Input should be 'on_demand', 'all_resident' or 'importance'"),
+    ({"alpha": -0.1}, "alpha: is -0.1; allowed is 0 to 1"),
+    ({"alpha": 1.5}, "alpha: is 1.5; allowed is 0 to 1"),
+    ({"alpha": float("nan")}, "alpha: is nan; allowed is 0 to 1"),
+    ({"alpha": "much"}, "alpha: Input should be a valid number"),
+    ({"alpha_max": 2}, "alpha_max: is 2; allowed is 0 to 1"),
+    ({"alpha": 0.6}, "alpha is 0.6, but alpha_max 0.5; allowed is 0 to alpha_max"),
+    ({"tpot_budget_s": 0}, "tpot_budget_s: Input should be greater than 0"),
+    ({"tpot_budget_s": float("inf")}, "tpot_budget_s: Input should be a finite number"),
+    ({"eviction": "oldest"}, "eviction: Input should be 'score', 'lru' or 'lfu'"),
+    ({"score_window": 0}, "score_window: is 0; allowed is 1 to 1024"),
+    ({"score_window": 1025}, "score_window: is 1025; allowed is 1 to 1024"),
+    ({"prefetch": "all"}, "prefetch: Input should be 'gate', 'resident' or 'none'"),
+    ({"lookahead": 0}, "lookahead: is 0; allowed is 1 to 8"),
+    ({"similarity": "weights"}, "similarity: Input should be 'score', 'coactivation' or 'output'"),
+    ({"similarity": "output"}, 'similarity "output" needs "profile": make one with `raymoe calibrate MODEL -o FILE`'),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG_SCHEDULING)
+def test_wrong_scheduling_is_refused_with_what_is_allowed(fields: dict[str, Any], message: str) -> None:
+    told = refused({"scheduling": fields})
+    assert "scheduling" in told and message in told
+
+
+@pytest.mark.parametrize(("fields", "message"), [case for case in WRONG_SCHEDULING if "policy" not in case[0]])
+def test_wrong_changes_are_refused_alike(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SchedulingConfig().changed(fields)
+    assert str(caught.value).startswith("scheduling: ") and message in str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [{"policy": "importance"}, {"profile": "x"}, {"call_timeout_s": 3.0}])
+def test_what_is_fixed_while_the_model_runs_is_named(fields: dict[str, Any]) -> None:
+    [name] = fields
+    with pytest.raises(ConfigError, match=rf"scheduling\.{name} can't be changed while the model runs; restart it"):
+        SchedulingConfig().changed(fields)
+
+
+def test_a_change_leaves_the_rest_and_may_repeat_what_is_fixed() -> None:
+    before = SchedulingConfig(policy="importance", alpha=0.1, prefetch="none")
+    assert before.changed({"alpha": 0.3, "policy": "importance"}) == SchedulingConfig(
+        policy="importance", alpha=0.3, prefetch="none"
+    )
+
+
+QUALITY_ALPHA = [(None, 0.2), ("exact", 0.0), ("balanced", 0.25), ("fast", 0.4), (0, 0.0), (0.3, 0.3), (0.4, 0.4)]
+
+
+@pytest.mark.parametrize(("quality", "alpha"), QUALITY_ALPHA)
+def test_a_quality_is_an_alpha_under_importance_and_nothing_elsewhere(quality: Any, alpha: float) -> None:
+    assert SchedulingConfig(policy="importance", alpha=0.2, alpha_max=0.4).alpha_of(quality) == alpha
+    assert SchedulingConfig(policy="on_demand", alpha=0.2, alpha_max=0.4).alpha_of(quality) == 0.0
+
+
+@pytest.mark.parametrize("quality", ["best", "", -0.1, 0.41, float("nan"), float("inf"), True, [0.1]])
+def test_a_wrong_quality_names_what_is_allowed(quality: Any) -> None:
+    allowed = r'quality is .*; allowed are "exact", "balanced", "fast", or an alpha from 0 to 0\.4'
+    with pytest.raises(ValueError, match=allowed):
+        SchedulingConfig(policy="importance", alpha=0.2, alpha_max=0.4).alpha_of(quality)
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_slots"),
+    [
+        ({}, False),
+        ({"slot_memory": "1MiB"}, True),
+        ({"link": {"bytes_per_s": 1}}, True),
+        ({"kind": "cuda:0", "slot_memory": 1}, True),
+    ],
+)
+def test_which_devices_have_slots(fields: dict[str, Any], has_slots: bool) -> None:
+    assert DeviceConfig.model_validate(device(**fields)).has_slots == has_slots
 
 
 # --- defaults -------------------------------------------------------------------------------------------
@@ -223,13 +324,24 @@ def test_every_deployment_file_parses(file: Path) -> None:
     data = yaml.safe_load(file.read_text())
     if "applications" in data:  # a Serve config: the cluster configuration is in its arguments
         for application in data["applications"]:
-            ClusterConfig.parse(application["args"], where=file.name)
+            config = ClusterConfig.parse(application["args"], where=file.name)
+            for deployment in application.get("deployments", ()):
+                assert deployment["name"] in ("engine", "ingress")
+                UserConfig.settings(deployment.get("user_config", {}), config.scheduling)
     else:
         ClusterConfig.load(file)
 
 
 def test_there_are_deployment_files() -> None:
-    assert {"local.yaml", "edge.yaml", "serve-local.yaml"} <= {file.name for file in DEPLOYMENTS}
+    named = {"local.yaml", "edge.yaml", "serve-local.yaml", "importance.yaml"}
+    assert named <= {file.name for file in DEPLOYMENTS}
+
+
+def test_the_importance_example_has_slots_for_twice_the_experts_of_a_token() -> None:
+    config = ClusterConfig.load(Path(deployments.__file__).parent / "importance.yaml")
+    [only] = config.devices
+    layers, top_k, expert_bytes = 8, 4, 96 << 10
+    assert (config.scheduling.policy, only.slot_memory) == ("importance", 2 * top_k * layers * expert_bytes)
 
 
 def test_the_configuration_page_is_up_to_date() -> None:

@@ -7,11 +7,14 @@ from typing import Any
 
 import httpx
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from raymoe.engine.request import Chunk, TokenLogprob, Usage
 from raymoe.errors import CapacityError, EngineStoppedError, ExpertUnavailableError, OverloadedError, RequestError
+from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats
 from raymoe.serve.api import MAX_BODY_BYTES, Api, create_app
 from raymoe.serve.batch import Batch
 from raymoe.serve.errors import RequestTimeoutError, describe, unwrap
@@ -22,14 +25,38 @@ from raymoe.types import Routing
 LAST = {
     "finish_reason": "stop",
     "usage": Usage(prompt_tokens=3, completion_tokens=2),
-    "routing": Routing(hits=3, misses=1),
+    "routing": Routing(
+        hits=3, misses=1, hosted=1, loads=2, bytes_loaded=200, calls=1, decisions=2, substituted=1, replaced_mass=0.5
+    ),
 }
+COST = {
+    "substituted": 1,
+    "substituted_gate_mass": 0.25,
+    "hit_rate": 0.75,
+    "hits": 3,
+    "misses": 1,
+    "hosted": 1,
+    "loads": 2,
+    "bytes_loaded": 200,
+}
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "routing": COST}
 ANSWER = [
     Batch(chunks=(Chunk(text="Hel", token_ids=(1,)), Chunk(text="lo", token_ids=(2,)))),
     Batch(chunks=(Chunk(text="", token_ids=(3,)),)),
     Batch(chunks=(Chunk(text="!", token_ids=(4,), **LAST),)),
 ]
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+DEVICE = DeviceStats(
+    name="edge", kind="cpu", transport="zmq", state="healthy", node="n", pid=1, emulated_link=False,
+    slot_budget_bytes=1, peak_slot_bytes=1, host_bytes=1, owned=1, resident=1, resident_experts=((0, 0),), calls=1,
+    hits=8, misses=2, hosted=2, loads=1, bytes_loaded=1, evictions=0, prefetches=5, prefetches_refused=3,
+    prefetches_late=4,
+)  # fmt: skip
+ENGINE = EngineStats(
+    model="tiny", architecture="a", dtype="float32", running=0, waiting=0, finished=1, failed=0, prompt_tokens=3,
+    completion_tokens=2, kv_bytes=0, kv_budget_bytes=None, hits=8, misses=2, hosted=2, substituted=1,
+    substituted_gate_mass=0.01, loads=1, bytes_loaded=1, alpha=0.3, decode_s=0.1, steps=2,
+)  # fmt: skip
 
 
 class Script:
@@ -54,6 +81,11 @@ class Script:
         if isinstance(self.items[0], Exception):
             raise self.items[0]
         return {"name": "tiny"}
+
+    async def stats(self) -> ClusterStats:
+        if isinstance(self.items[0], Exception):
+            raise self.items[0]
+        return ClusterStats(app="tiny", devices={"edge": DEVICE}, engine=ENGINE, policy="importance")
 
 
 def ask(backend: Script, path: str, body: Any = None, **options: Any) -> httpx.Response:
@@ -88,8 +120,8 @@ def test_a_whole_chat_answer() -> None:
             "finish_reason": "stop",
         }
     ]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-    assert body["routing"]["hit_rate"] == 0.75
+    assert body["usage"] == USAGE
+    assert body["routing"] == COST
 
 
 def test_tokens_that_are_ready_together_share_an_event_and_silent_ones_have_none() -> None:
@@ -107,8 +139,9 @@ def test_usage_is_the_last_chunk_and_has_no_choices() -> None:
     body = {"prompt": "hi", "stream": True, "stream_options": {"include_usage": True}}
     chunks = stream_of(ask(Script(), "/v1/completions", body))
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert chunks[-1]["usage"] == USAGE
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert [chunk.get("routing") for chunk in chunks] == [None, COST, None]
 
 
 def test_log_probabilities_in_both_apis() -> None:
@@ -181,6 +214,7 @@ def test_a_failure_in_mid_stream_is_an_event_before_done() -> None:
         ({**CHAT, "temperature": "hot"}, "temperature", "number"),
         ({**CHAT, "n": 2}, "n", "not supported"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string"),
+        ({**CHAT, "quality": {"alpha": 0.3}}, "quality", "an alpha from 0 to"),
         ([1], None, "JSON object"),
     ],
 )
@@ -243,6 +277,25 @@ def test_models() -> None:
     assert (model["id"], model["object"]) == ("tiny", "model")
     assert ask(Script(), "/v1/models/tiny").json() == model
     assert ask(Script(), "/v1/models/a/b").json()["error"]["code"] == "model_not_found"
+
+
+def test_stats_tell_alpha_and_the_rates_but_no_names_of_experts() -> None:
+    stats = ask(Script(), "/v1/stats").json()
+    assert stats["policy"] == "importance"
+    rates = {name: stats["engine"][name] for name in ("alpha", "hit_rate", "substituted_share")}
+    assert rates == {"alpha": 0.3, "hit_rate": 0.8, "substituted_share": 0.1}
+    assert (stats["devices"]["edge"]["hosted"], stats["devices"]["edge"]["prefetches_late"]) == (2, 4)
+    assert "resident_experts" not in stats["devices"]["edge"]
+    assert ask(Script(EngineStoppedError("gone")), "/v1/stats").status_code == 503
+
+
+def test_openais_client_reads_what_it_knows_and_keeps_the_rest() -> None:
+    whole = ChatCompletion.model_validate(ask(Script(), "/v1/chat/completions", CHAT).json())
+    assert whole.usage is not None and whole.usage.total_tokens == 5
+    assert whole.usage.routing == COST  # type: ignore[attr-defined]
+    body = {"prompt": "hi", "stream": True, "stream_options": {"include_usage": True}}
+    last = Completion.model_validate(stream_of(ask(Script(), "/v1/completions", body))[-1])
+    assert last.usage is not None and last.usage.routing == COST  # type: ignore[attr-defined]
 
 
 def test_health_follows_the_engine() -> None:

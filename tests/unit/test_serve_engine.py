@@ -1,15 +1,23 @@
 """The engine deployment over a service that is a script, and the handle's client. No Ray, no model."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from raymoe.config import ClusterConfig
+from raymoe.config import ClusterConfig, SchedulingConfig
 from raymoe.engine.request import Chunk, SamplingParams, TokenLogprob
-from raymoe.errors import EngineStoppedError, OverloadedError, RequestError
+from raymoe.errors import (
+    ConfigError,
+    EngineStoppedError,
+    ExpertUnavailableError,
+    OverloadedError,
+    RaymoeError,
+    RequestError,
+)
 from raymoe.serve.batch import Batch
 from raymoe.serve.client import EngineClient
 from raymoe.serve.engine_deployment import EngineServer
@@ -18,6 +26,7 @@ from raymoe.serve.ingress import holding
 
 PARAMS = SamplingParams(max_tokens=3)
 LAST = Chunk(text="!", token_ids=(3,), finish_reason="length")
+SCHEDULING: dict[str, Any] = {"policy": "importance", "alpha": 0.2, "prefetch": "none"}
 
 
 class Service:
@@ -44,11 +53,19 @@ class Service:
 
 
 class Session:
-    """Holds a service, and counts how often it is closed."""
+    """Holds a service, counts how often it is closed, and remembers its settings."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self.closed = 0
+        self.scheduled: list[SchedulingConfig] = []
+        self.refused_settings: str | None = None
+        self.refusal: RaymoeError | None = None
+
+    def schedule(self, scheduling: SchedulingConfig) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.scheduled.append(scheduling)
 
     def close(self) -> None:
         self.closed += 1
@@ -56,7 +73,7 @@ class Session:
 
 def server(service: Service, timeout_s: float = 60.0) -> EngineServer:
     made = EngineServer.__new__(EngineServer)
-    config = ClusterConfig.model_validate({"serving": {"request_timeout_s": timeout_s}})
+    config = ClusterConfig.model_validate({"serving": {"request_timeout_s": timeout_s}, "scheduling": SCHEDULING})
     made._start(Session(service), config)  # type: ignore[arg-type]
     return made
 
@@ -139,6 +156,54 @@ def test_health_tells_a_dead_engine() -> None:
     service.failure = RuntimeError("out of memory")
     with pytest.raises(EngineStoppedError, match="out of memory"):
         engine.check_health()
+
+
+def reconfigured(*user_configs: Any, started: bool = True, refusal: RaymoeError | None = None) -> Session:
+    """The session of an engine to which Serve handed these, one after the other."""
+    engine = server(Service())
+    session: Any = engine._session
+    session.refusal = refusal
+    if started:
+        engine.check_health()
+    for user_config in user_configs:
+        asyncio.run(engine.reconfigure(user_config))
+    return session
+
+
+def test_a_user_config_changes_what_it_names_and_gives_back_what_it_no_longer_names() -> None:
+    session = reconfigured({"scheduling": {"alpha": 0.4}}, {"scheduling": {"prefetch": "gate"}}, {})
+    settings = [(scheduling.alpha, scheduling.prefetch) for scheduling in session.scheduled]
+    assert settings == [(0.4, "none"), (0.2, "gate"), (0.2, "none")]
+    assert session.refused_settings is None
+
+
+BAD_USER_CONFIGS = [
+    ({"scheduling": {"alpha": -0.1}}, r"user_config: scheduling: alpha: is -0\.1; allowed is 0 to 1"),
+    ({"scheduling": {"alfa": 0.1}}, "user_config: scheduling: alfa: no such field"),
+    ({"scheduling": {"policy": "on_demand"}}, r"user_config: scheduling\.policy can't be changed while the model runs"),
+    ({"schedulin": {}}, "user_config: schedulin: no such field"),
+    ({"scheduling": 3}, "user_config: scheduling: Input should be a valid dict"),
+    ([], "user_config: .*valid dictionary"),
+]
+
+
+@pytest.mark.parametrize(("user_config", "message"), BAD_USER_CONFIGS)
+def test_a_wrong_user_config_fails_a_start_and_later_changes_nothing(user_config: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        reconfigured(user_config, started=False)
+    session = reconfigured(user_config)
+    assert session.scheduled == []
+    assert session.refused_settings is not None
+    assert re.search(message, session.refused_settings)
+
+
+def test_a_refusal_is_forgotten_once_settings_are_taken() -> None:
+    assert reconfigured({"scheduling": {"alpha": 2}}, {"scheduling": {"alpha": 0.1}}).refused_settings is None
+
+
+def test_workers_that_do_not_take_settings_do_not_end_the_engine() -> None:
+    session = reconfigured({}, refusal=ExpertUnavailableError("the placement actor did not take the new settings"))
+    assert session.refused_settings == "the placement actor did not take the new settings"
 
 
 def test_the_session_is_closed_once() -> None:

@@ -47,6 +47,7 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
         "repetition_penalty": 1.2,
         "presence_penalty": 0.1,
         "frequency_penalty": -0.1,
+        "quality": "fast",
     }
     expected = SamplingParams(**{**fields, "stop": ("a", "b"), "stop_token_ids": (5, 6)})
     assert chat(**fields).sampling == expected
@@ -54,8 +55,23 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
 
 
 def test_null_is_as_good_as_absent() -> None:
-    names = ("temperature", "top_p", "stop", "stop_token_ids", "presence_penalty", "stream_options", "max_tokens")
+    names = (
+        "quality",
+        "temperature",
+        "top_p",
+        "stop",
+        "stop_token_ids",
+        "presence_penalty",
+        "stream_options",
+        "max_tokens",
+    )
     assert chat(**dict.fromkeys(names)).sampling == SamplingParams()
+
+
+@pytest.mark.parametrize("quality", ["exact", "balanced", "fast", "no such name", 0, 0.3, 7.0])
+def test_quality_is_a_name_or_a_number_and_the_engine_judges_it(quality: Any) -> None:
+    assert chat(quality=quality).sampling.quality == quality
+    assert completion(quality=quality).sampling.quality == quality
 
 
 @pytest.mark.parametrize(
@@ -125,6 +141,8 @@ def test_defaults_of_what_is_not_supported_are_welcome(harmless: dict[str, Any])
         ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20"),
         ({"stream_options": {"include_usage": True}}, 'needs "stream": true'),
         ({"stop": ["x"] * 33}, "at most 32"),
+        ({"quality": True}, 'quality is "exact", "balanced", "fast", or an alpha from 0 to the server'),
+        ({"quality": ["exact"]}, "or an alpha from 0 to the server's scheduling.alpha_max"),
         ({"messages": []}, "at least 1"),
         ({"messages": [{"role": "user"}]}, "required"),
         ({"messages": [{"role": "user", "content": None}]}, "valid string"),

@@ -23,6 +23,7 @@ from raymoe.transport.client import WorkerClient
 from raymoe.transport.frames import (
     DTYPES,
     HEADER,
+    LOAD_S,
     MAX_TEXT_BYTES,
     Header,
     Kind,
@@ -31,17 +32,19 @@ from raymoe.transport.frames import (
     pack_answer,
     pack_call,
     pack_experts,
+    pack_forecast,
     pack_text,
     parse_answer,
     parse_call,
     parse_experts,
+    parse_forecast,
     parse_header,
     parse_text,
 )
-from raymoe.transport.placement import PlacementClient, PlacementServer
+from raymoe.transport.placement import OnForecast, OrderDesk, PlacementClient, PlacementServer
 from raymoe.transport.server import WorkerServer
 from raymoe.transport.sockets import Endpoint, KeyPair, client_socket, server_socket
-from raymoe.types import DeviceName
+from raymoe.types import DeviceName, ExpertKey
 
 LIMITS = Limits(layers=8, rows=64, pairs=256, hidden=64, experts=32, changes=64, body_bytes=1 << 16)
 EDGE, OTHER = DeviceName("edge"), DeviceName("other")
@@ -79,11 +82,20 @@ def answers(draw: st.DrawFn) -> ExpertAnswer:
         output_PH=torch.randn(pairs, hidden, generator=generator).to(draw(st.sampled_from(DTYPES))),
         hits=draw(st.integers(0, 1 << 20)),
         misses=draw(st.integers(0, 1 << 20)),
-        loads=draw(st.integers(0, LIMITS.rows)),
+        hosted=draw(st.integers(0, 1 << 20)),
+        loads=draw(st.integers(0, 1 << 20)),
         bytes_loaded=draw(st.integers(0, 1 << 60)),
         loaded=draw(identifiers),
         evicted=draw(identifiers),
+        load_s=draw(st.none() | st.floats(2**-20, 128, width=32)),
     )
+
+
+@st.composite
+def forecasts(draw: st.DrawFn) -> tuple[int, np.ndarray, np.ndarray]:
+    named = draw(st.lists(st.tuples(st.integers(0, LIMITS.experts - 1), st.floats(0, 1, width=32)), max_size=16))
+    experts, worths = [expert for expert, _ in named], [worth for _, worth in named]
+    return draw(st.integers(0, LIMITS.layers - 1)), np.array(experts, np.int64), np.array(worths, np.float32)
 
 
 # --- round trips ----------------------------------------------------------------------------------------
@@ -92,9 +104,10 @@ def answers(draw: st.DrawFn) -> ExpertAnswer:
 @given(st.sampled_from(Kind), st.sampled_from(DTYPES), st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 32) - 1))
 def test_headers_survive_the_round_trip(kind: Kind, dtype: torch.dtype, big: int, number: int) -> None:
     header = Header(
-        kind=kind, dtype=dtype, request=big, layer=7, rows=6, pairs=5, hidden=4, a=number, b=3, c=2, d=1, big=big
-    )
-    assert len(header.pack()) == HEADER.size == 56
+        kind=kind, dtype=dtype, request=big, layer=7, rows=6, pairs=5, hidden=4, a=number, b=3, c=2, d=1, e=8, f=9,
+        big=big,
+    )  # fmt: skip
+    assert len(header.pack()) == HEADER.size == 64
     assert parse_header(header.pack(), LIMITS) == header
 
 
@@ -121,8 +134,9 @@ def test_answers_survive_the_round_trip(answer: ExpertAnswer, request_number: in
     parsed = parse_answer(header, body, LIMITS)
     assert (header.kind, header.request) == (Kind.ANSWER, request_number)
     assert torch.equal(parsed.output_PH, answer.output_PH)
-    for name in ("hits", "misses", "loads", "bytes_loaded", "loaded", "evicted"):
+    for name in ("hits", "misses", "hosted", "loads", "bytes_loaded", "loaded", "evicted"):
         assert getattr(parsed, name) == getattr(answer, name)
+    assert parsed.load_s == (answer.load_s if answer.loaded or answer.evicted else None)
 
 
 @given(st.text())
@@ -141,6 +155,15 @@ def test_expert_lists_survive_the_round_trip(items: list[tuple[int, float]], tag
     identifiers, scores = [identifier for identifier, _ in items], [score for _, score in items]
     first, *body = wire(pack_experts(Kind.PREFETCH, 1, identifiers, scores, tag))
     assert parse_experts(parse_header(first, LIMITS), body, LIMITS) == (identifiers, scores, tag)
+
+
+@given(forecasts())
+def test_forecasts_survive_the_round_trip(forecast: tuple[int, np.ndarray, np.ndarray]) -> None:
+    first, *body = wire(pack_forecast(*forecast))
+    header = parse_header(first, LIMITS)
+    assert header.kind is Kind.FORECAST
+    layer, experts, worths = parse_forecast(header, body, LIMITS)
+    assert (layer, experts.tolist(), worths.tolist()) == (forecast[0], forecast[1].tolist(), forecast[2].tolist())
 
 
 @given(st.integers(0, 1 << 14), st.integers(0, (1 << 16) - 1))
@@ -166,7 +189,7 @@ def some_call(hidden: torch.Tensor | None = None, layer: int = 0) -> ExpertCall:
 
 # --- malformed frames -----------------------------------------------------------------------------------
 
-PARSERS: tuple[Callable[..., Any], ...] = (parse_call, parse_answer, parse_text, parse_experts)
+PARSERS: tuple[Callable[..., Any], ...] = (parse_call, parse_answer, parse_text, parse_experts, parse_forecast)
 
 
 def check_parsers(frames: list[bytes]) -> None:
@@ -195,6 +218,7 @@ messages = st.one_of(
     st.lists(st.integers(0, 99), max_size=9).map(
         lambda ids: wire(pack_experts(Kind.PREFETCH, 1, ids, [0.5] * len(ids)))
     ),
+    forecasts().map(lambda forecast: wire(pack_forecast(*forecast))),
 )
 
 
@@ -244,8 +268,8 @@ def test_a_damaged_body_is_refused_or_stays_within_its_bounds(call: ExpertCall, 
 
 def header_with(**fields: int) -> bytes:
     values = {
-        "magic": b"RMOE", "version": 1, "kind": 1, "dtype": 0, "reserved": 0, "request": 1, "layer": 0, "rows": 1,
-        "pairs": 1, "hidden": 1, "a": 0, "b": 0, "c": 0, "d": 0, "big": 0,
+        "magic": b"RMOE", "version": 2, "kind": 1, "dtype": 0, "reserved": 0, "request": 1, "layer": 0, "rows": 1,
+        "pairs": 1, "hidden": 1, "a": 0, "b": 0, "c": 0, "d": 0, "e": 0, "f": 0, "big": 0,
     } | fields  # fmt: skip
     return HEADER.pack(*values.values())
 
@@ -253,10 +277,10 @@ def header_with(**fields: int) -> bytes:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"", "a header has 56 bytes, this frame has 0"),
-        (b"x" * 55, "a header has 56 bytes, this frame has 55"),
+        (b"", "a header has 64 bytes, this frame has 0"),
+        (b"x" * 55, "a header has 64 bytes, this frame has 55"),
         (header_with(magic=b"HTTP"), "wrong magic"),
-        (header_with(version=9), "frame version 9, expected 1: all nodes must run the same raymoe release"),
+        (header_with(version=9), "frame version 9, expected 2: all nodes must run the same raymoe release"),
         (header_with(kind=0), "unknown message kind 0"),
         (header_with(kind=200), "unknown message kind 200"),
         (header_with(dtype=3), "unknown dtype code 3"),
@@ -303,6 +327,28 @@ def test_too_many_residency_changes_are_refused() -> None:
         parse_answer(header, [bytes(4), bytes(320)], LIMITS)
 
 
+@pytest.mark.parametrize("load_s", [-1.0, float("nan"), float("inf")])
+def test_a_load_that_takes_no_time_at_all_is_refused(load_s: float) -> None:
+    header = parse_header(header_with(kind=2, c=1), LIMITS)
+    with pytest.raises(FrameError, match="which is no time"):
+        parse_answer(header, [bytes(4), LOAD_S.pack(load_s) + bytes(4)], LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "body", "message"),
+    [
+        ({"layer": 8}, [], "a forecast for layer 8, but there are 8"),
+        ({"a": 33}, [bytes(132), bytes(132)], "a forecast of 33 experts, the limit is 32"),
+        ({"a": 1}, [bytes(4)], r"buffers of \[4\] bytes, expected \[4, 4\]"),
+        ({"a": 1}, [b"\xff" * 4, bytes(4)], "experts of a forecast must lie within 0 and 31"),
+        ({"a": 1}, [bytes(4), LOAD_S.pack(float("nan"))], "must be worth a finite number"),
+    ],
+)
+def test_what_is_wrong_with_a_forecast_is_named(fields: dict[str, int], body: list[bytes], message: str) -> None:
+    with pytest.raises(FrameError, match=message):
+        parse_forecast(parse_header(header_with(kind=8, **fields), LIMITS), body, LIMITS)
+
+
 def test_too_many_orders_are_refused() -> None:
     header = parse_header(header_with(kind=6, a=65), LIMITS)
     with pytest.raises(FrameError, match="65 experts in one list, the limit is 64"):
@@ -327,7 +373,7 @@ class FakeWorker:
     entered: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
     order_error: Exception | None = None
-    orders: list[tuple[int, int, float]] = field(default_factory=list)
+    orders: list[tuple[int, dict[int, float]]] = field(default_factory=list)
     ordered: threading.Event = field(default_factory=threading.Event)
     calls: int = 0
 
@@ -342,12 +388,11 @@ class FakeWorker:
             raise self.error
         return ExpertAnswer(output_PH=2 * call.hidden_RH[torch.from_numpy(call.rows_P.copy())], hits=len(call.rows_P))
 
-    def prefetch(self, layer: int, expert: int, score: float) -> bool:
-        self.orders.append((layer, expert, score))
+    def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
+        self.orders.append((layer, dict(zip(experts.tolist(), scores.tolist(), strict=True))))
         self.ordered.set()
         if self.order_error is not None:
             raise self.order_error
-        return True
 
 
 @dataclass
@@ -555,10 +600,10 @@ def test_heartbeats_are_answered_during_a_long_computation(wired: Wired) -> None
     assert wired.client.gather({request: EDGE}, TIMEOUT_S)
 
 
-def test_prefetch_orders_arrive(wired: Wired) -> None:
-    wired.client.prefetch(EDGE, [expert_id(1, 5), expert_id(0, 2)], [0.5, 0.25])
+def test_prefetch_orders_arrive_layer_by_layer(wired: Wired) -> None:
+    wired.client.prefetch(EDGE, [expert_id(1, 5), expert_id(0, 2), expert_id(1, 3)], [0.5, 0.25, 0.125])
     assert wired.client.ping(EDGE, TIMEOUT_S) is not None, "the control thread works in order"
-    assert wired.workers[EDGE].orders == [(1, 5, 0.5), (0, 2, 0.25)]
+    assert wired.workers[EDGE].orders == [(0, {2: 0.25}), (1, {5: 0.5, 3: 0.125})]
 
 
 def test_a_failing_order_does_not_silence_the_heartbeat(wired: Wired) -> None:
@@ -640,20 +685,112 @@ def test_closed_servers_answer_no_more(wired: Wired) -> None:
 # --- the placement actor's socket -----------------------------------------------------------------------
 
 
+PRIMARY = {ExpertKey(layer=1, expert=expert): EDGE if expert % 2 else OTHER for expert in range(8)}
+FORECAST = (1, np.array([3, 2, 5]), np.array([0.5, 0.25, 0.125], dtype=np.float32))
+
+
+@contextmanager
+def placed(state: ClusterState, keys: KeyPair, *told: OnForecast) -> Iterator[PlacementServer]:
+    """A placement actor's socket that admits ``keys``."""
+    server = PlacementServer(state, "127.0.0.1", LIMITS, *told)
+    server.clients.keys.add(keys.public)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@contextmanager
+def engine_end(server: PlacementServer, keys: KeyPair) -> Iterator[PlacementClient]:
+    client = PlacementClient(server.endpoint, keys, LIMITS)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@contextmanager
+def desk_of(wired: Wired, state: ClusterState) -> Iterator[OrderDesk]:
+    """A desk that both workers admit."""
+    desk = OrderDesk(state, LIMITS)
+    for server in wired.servers.values():
+        server.clients.keys.add(desk.keys.public)
+    try:
+        yield desk
+    finally:
+        desk.close()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    pause = threading.Event()
+    for _ in range(int(TIMEOUT_S / 0.01)):
+        if holds():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not happen in time")
+
+
 def test_residency_reaches_the_placement_state() -> None:
     state, keys = ClusterState(), KeyPair.create()
-    server = PlacementServer(state, "127.0.0.1", LIMITS)
-    server.clients.keys.add(keys.public)
-    client = PlacementClient(server.endpoint, keys, LIMITS)
-    client.publish({EDGE: ([1, 2, 3], []), OTHER: ([7], [])})
-    client.publish({EDGE: ([4], [2])})
-    with raw_socket(server.endpoint.data, server.endpoint.public_key, keys) as socket:
-        socket.send_multipart([header_with()])
-    deadline = threading.Event()
-    for _ in range(int(TIMEOUT_S / 0.01)):
-        if state.resident.get(EDGE) == {1, 3, 4}:
-            break
-        deadline.wait(0.01)
-    assert state.resident == {EDGE: {1, 3, 4}, OTHER: {7}}
-    client.close()
-    server.close()
+    with placed(state, keys) as server, engine_end(server, keys) as client:
+        client.publish({EDGE: ([1, 2, 3], []), OTHER: ([7], [])})
+        client.publish({EDGE: ([4], [2])})
+        until(lambda: state.resident.get(EDGE) == {1, 3, 4})
+        assert state.resident == {EDGE: {1, 3, 4}, OTHER: {7}}
+
+
+def test_malformed_news_is_dropped_and_counted() -> None:
+    state, keys = ClusterState(), KeyPair.create()
+    with placed(state, keys) as server, raw_socket(server.endpoint.data, server.endpoint.public_key, keys) as socket:
+        for message in ([header_with()], [header_with(kind=8, a=1)], [header_with(kind=8, layer=8)]):
+            socket.send_multipart(message)
+        until(lambda: server.dropped == 3)
+
+
+def test_a_forecast_becomes_orders_to_the_owners_of_what_it_names(wired: Wired) -> None:
+    state, keys = ClusterState(primary=PRIMARY), KeyPair.create()
+    with desk_of(wired, state) as desk, placed(state, keys, desk.forecast) as server:
+        desk.connect({name: s.endpoint for name, s in wired.servers.items()})
+        with engine_end(server, keys) as client:
+            client.forecast(*FORECAST)
+            assert wired.workers[EDGE].ordered.wait(TIMEOUT_S) and wired.workers[OTHER].ordered.wait(TIMEOUT_S)
+    assert wired.workers[EDGE].orders == [(1, {3: 0.5, 5: 0.125})]
+    assert wired.workers[OTHER].orders == [(1, {2: 0.25})]
+
+
+def test_devices_without_slots_get_no_orders(wired: Wired) -> None:
+    with desk_of(wired, ClusterState(primary=PRIMARY)) as desk:
+        desk.forecast(*FORECAST)  # before anybody is connected
+        desk.connect({EDGE: wired.endpoint})
+        desk.forecast(*FORECAST)
+        assert wired.workers[EDGE].ordered.wait(TIMEOUT_S)
+    assert not wired.workers[OTHER].ordered.is_set()
+
+
+def test_a_desk_whose_keys_a_worker_does_not_know_orders_nothing_and_never_waits(wired: Wired) -> None:
+    desk = OrderDesk(ClusterState(primary=PRIMARY), LIMITS)
+    desk.connect({EDGE: wired.endpoint})
+    for _ in range(1000):
+        desk.forecast(*FORECAST)
+    desk.close()
+    assert wired.workers[EDGE].orders == []
+
+
+def test_forecasts_beyond_what_a_placement_actor_takes_are_dropped_and_counted() -> None:
+    keys = KeyPair.create()
+    with placed(ClusterState(), keys) as server, engine_end(server, KeyPair.create()) as stranger:
+        for _ in range(1000):
+            stranger.forecast(*FORECAST)
+        assert stranger.dropped > 0
+
+
+def test_an_engine_moves_to_the_socket_of_a_restarted_placement_actor() -> None:
+    before, after, keys = ClusterState(), ClusterState(), KeyPair.create()
+    with placed(before, keys) as first, placed(after, keys) as second, engine_end(first, keys) as client:
+        client.publish({EDGE: ([1], [])})
+        until(lambda: EDGE in before.resident)
+        client.move(second.endpoint)
+        client.publish({EDGE: ([2], [])})
+        until(lambda: after.resident.get(EDGE) == {2})
+    assert before.resident == {EDGE: {1}}

@@ -1,0 +1,228 @@
+"""The engine's say on routing: substitution by residency, forecasts to the workers, and what both cost.
+
+Decisions are pure functions of ``raymoe.placement``; here they get what they need (scores from the trunk's routers,
+residency from the dispatcher) and are put into effect, in this process and without asking anybody.
+
+T tokens, K experts per token, E experts, H hidden.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from predictor.forecast import Forecast
+from predictor.resident import ResidentOutput
+from raymoe.config import SchedulingConfig
+from raymoe.engine.dispatch import Dispatcher, nothing
+from raymoe.model.router import Router
+from raymoe.model.router_rule import RouterRule
+from raymoe.placement.prefetch import lookahead, wanted
+from raymoe.placement.routing import route
+from raymoe.placement.similarity import Similarity
+from raymoe.types import Routing
+
+log = logging.getLogger(__name__)
+
+MOST_FORECAST_TOKENS = 64  # a longer prompt needs nearly all experts of a layer, so that nothing is to be foretold
+LAYER_SMOOTHING = 0.02  # weight of one layer's time in the running mean: about six tokens of eight layers
+
+OnForecast = Callable[[int, np.ndarray, np.ndarray], None]
+"""Told of each forecast: layer, experts best first, and what each is worth."""
+
+
+@dataclass(slots=True)
+class Decided:
+    """Totals since the last ``take_cost``."""
+
+    decisions: int = 0
+    substituted: int = 0
+    replaced_mass: float = 0.0
+
+
+@dataclass(slots=True)
+class LayerTime:
+    """Running mean of the time from one MoE layer to the next in decode."""
+
+    mean_s: float | None = None
+    _last_s: float | None = field(default=None, init=False)
+
+    def layer(self, now_s: float, tokens: int) -> None:
+        """A layer with so many tokens begins; only the time between two layers of decode steps counts."""
+        if tokens <= MOST_FORECAST_TOKENS and self._last_s is not None:
+            took_s = now_s - self._last_s
+            self.mean_s = took_s if self.mean_s is None else self.mean_s + LAYER_SMOOTHING * (took_s - self.mean_s)
+        self._last_s = now_s if tokens <= MOST_FORECAST_TOKENS else None
+
+
+class ExpertScheduler:
+    """The trunk's ``ExpertBackend``. Used by one thread.
+
+    Under policies other than ``importance`` it changes nothing and costs nothing.
+
+    Attributes:
+        alpha: threshold of the rows of the step to come: one for all, or one per sequence of the batch.
+        similarity: what ranks substitutes; None is by gate score.
+        decide: the routing decision, a pure function; benchmarks put others in its place.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        scheduling: SchedulingConfig,
+        *,
+        similarity: Similarity | None = None,
+        on_forecast: OnForecast | None = None,
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.alpha: float | np.ndarray = 0.0
+        self.decide = route
+        self.similarity = similarity
+        self._on_forecast = on_forecast
+        self._routers: Sequence[Router] = ()
+        self._forecasts: dict[str, Forecast] = {}
+        self._decided = Decided()
+        self._layer_time = LayerTime()
+        self._ahead = 1
+        self._top_k = 0
+        self._scores_TE: np.ndarray | None = None
+        self._weights_TK = torch.empty(0)
+        self.reconfigure(scheduling)
+
+    def reconfigure(self, scheduling: SchedulingConfig) -> None:
+        """Schedule by other settings from the next step on."""
+        self._scheduling = scheduling
+        self._wants_scores = scheduling.policy == "importance"
+
+    def attach(self, routers: Sequence[Router], forecasts: dict[str, Forecast]) -> None:
+        """Take scores from these routers (one per MoE layer), and forecasts by kind from there."""
+        self._routers = routers
+        self._forecasts = forecasts
+        unknown = sum(router.rule is None for router in routers)
+        if unknown and self._wants_scores:
+            log.warning("%d of %d layers route by no known rule: no expert is substituted there", unknown, len(routers))
+
+    # --- what the trunk calls ---------------------------------------------------------------------------
+
+    def route(
+        self, layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The router's choice, with experts replaced where that saves a load and alpha allows it."""
+        experts_TK, self._weights_TK = self._route(layer, experts_TK, weights_TK)
+        return experts_TK, self._weights_TK
+
+    def _route(
+        self, layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._scores_TE = None
+        if not self._wants_scores or not self._routers:
+            return experts_TK, weights_TK
+        tokens, self._top_k = experts_TK.shape
+        self._decided.decisions += tokens
+        router = self._routers[layer]
+        chosen_TK = experts_TK.cpu().numpy()
+        if router.rule is None:
+            self._scores_TE = scores_of_the_chosen(chosen_TK, weights_TK, router.experts)
+            return experts_TK, weights_TK
+        scores_TE = self._scores_TE = router.rule.scores(router.logits_TE.float().cpu().numpy())
+        alpha_T = per_row(self.alpha, tokens)
+        if not np.any(alpha_T):
+            return experts_TK, weights_TK
+        available_E = self.dispatcher.available(layer)
+        routed = self.decide(
+            scores_TE,
+            chosen_TK,
+            available_E,
+            alpha_T,
+            permitted_TE=router.rule.permitted(scores_TE),
+            similarity=self.similarity,
+            layer=layer,
+        )
+        replaced = int(np.count_nonzero(routed.replaced_TK))
+        if not replaced:
+            return experts_TK, weights_TK
+        self._decided.substituted += replaced
+        self._decided.replaced_mass += float(routed.replaced_mass_T.sum())
+        weights = reweighted(
+            router.rule, scores_TE, routed.experts_TK, np.flatnonzero(routed.replaced_TK.any(axis=1)), weights_TK
+        )
+        return torch.from_numpy(routed.experts_TK).to(experts_TK.device), weights
+
+    def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
+        """Unweighted output of every expert, [T, K, H]; forecasts go out while workers load."""
+        scores_TE = self._scores_TE
+        if scores_TE is None:
+            return self.dispatcher.compute(layer, hidden_TH, experts_TK)
+        tokens = hidden_TH.shape[0]
+        self._layer_time.layer(time.perf_counter(), tokens)
+        forecast = self._forecasts.get(self._scheduling.prefetch)
+        meanwhile = nothing
+        if forecast is not None and tokens <= MOST_FORECAST_TOKENS:
+            meanwhile = lambda: self._tell(forecast, layer)  # noqa: E731 - a closure over this step, used once
+        mean_E = scores_TE[0] if tokens == 1 else scores_TE.mean(axis=0)
+        return self.dispatcher.compute(layer, hidden_TH, experts_TK, mean_E, meanwhile)
+
+    def _tell(self, forecast: Forecast, layer: int) -> None:
+        """Forecast the layer that a load begun now would be in time for; at the first one also those before it."""
+        if layer == 0:
+            chosen = self._scheduling.lookahead
+            ahead = lookahead(self.dispatcher.load_s(), self._layer_time.mean_s) if chosen is None else chosen
+            self._ahead = min(ahead, forecast.farthest)
+        for ahead in range(1 if layer == 0 else self._ahead, self._ahead + 1):
+            scores_TE = forecast.scores(layer, ahead)
+            if scores_TE is None:
+                continue
+            experts, worth = wanted(scores_TE, self._top_k)
+            self.dispatcher.expect(layer + ahead, experts, worth)
+            if self._on_forecast is not None:
+                self._on_forecast(layer + ahead, experts, worth)
+
+    # --- what forecasts ask while a layer's loads are under way ------------------------------------------
+
+    def resident(self) -> ResidentOutput | None:
+        """What the experts of the layer in hand give that need no load.
+
+        None where all are ready, or none is computed here: the next gate is reached as soon as one could run ahead.
+        """
+        output_PH = self.dispatcher.preview(self._weights_TK.numel())
+        if output_PH is None:
+            return None
+        shape = (*self._weights_TK.shape, output_PH.shape[1])
+        return ResidentOutput(output_TKH=output_PH.view(shape), weights_TK=self._weights_TK)
+
+    # --- what the engine calls --------------------------------------------------------------------------
+
+    def take_cost(self) -> Routing:
+        """What steps cost since the last take; also passes residency changes on."""
+        decided, self._decided = self._decided, Decided()
+        return self.dispatcher.take_cost() + Routing(
+            decisions=decided.decisions, substituted=decided.substituted, replaced_mass=decided.replaced_mass
+        )
+
+
+def per_row(alpha: float | np.ndarray, tokens: int) -> np.ndarray | float:
+    """One alpha per row: sequences' rows lie together, as many for each."""
+    if isinstance(alpha, float) or len(alpha) == tokens:
+        return alpha
+    return np.repeat(alpha, tokens // len(alpha))
+
+
+def scores_of_the_chosen(chosen_TK: np.ndarray, weights_TK: torch.Tensor, experts: int) -> np.ndarray:
+    """What is known of gate scores [T, E] where the router's rule is not: the weights of the chosen ones."""
+    scores_TE = np.zeros((len(chosen_TK), experts), dtype=np.float32)
+    np.put_along_axis(scores_TE, chosen_TK, weights_TK.float().cpu().numpy(), axis=1)
+    return scores_TE
+
+
+def reweighted(
+    rule: RouterRule, scores_TE: np.ndarray, experts_TK: np.ndarray, rows: np.ndarray, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """Weights of the tokens in ``rows`` from their final experts' own scores; the others keep the router's bits."""
+    experts_RK = experts_TK[rows]
+    fresh_RK = rule.weights(np.take_along_axis(scores_TE[rows], experts_RK, axis=1), experts_RK)
+    weights = weights_TK.clone()
+    weights[torch.from_numpy(rows).to(weights.device)] = torch.from_numpy(fresh_RK).to(weights)
+    return weights
