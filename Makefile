@@ -50,6 +50,8 @@ unit: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.decode --quick --json out/decode.json
+	$(BIN)/python -m benchmarks.micro --quick --json out/micro.json
+	$(BIN)/python -m benchmarks.importance --quick --json out/importance.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -127,9 +127,9 @@ class ExpertScheduler:
         if router.rule is None:
             self._scores_TE = scores_of_the_chosen(chosen_TK, weights_TK, router.experts)
             return experts_TK, weights_TK
-        scores_TE = self._scores_TE = router.rule.scores(router.logits_TE.float().cpu().numpy())
+        scores_TE = self._scores_TE = router.scores_of(router.logits_TE)
         alpha_T = per_row(self.alpha, tokens)
-        if not np.any(alpha_T):
+        if not (alpha_T if isinstance(alpha_T, float) else alpha_T.any()):
             return experts_TK, weights_TK
         available_E = self.dispatcher.available(layer)
         routed = self.decide(
@@ -221,6 +221,9 @@ def reweighted(
     rule: RouterRule, scores_TE: np.ndarray, experts_TK: np.ndarray, rows: np.ndarray, weights_TK: torch.Tensor
 ) -> torch.Tensor:
     """Weights of the tokens in ``rows`` from their final experts' own scores; the others keep the router's bits."""
+    if len(scores_TE) == 1:
+        fresh_TK = rule.weights(scores_TE[:, experts_TK[0]], experts_TK)
+        return torch.from_numpy(fresh_TK).to(weights_TK)
     experts_RK = experts_TK[rows]
     fresh_RK = rule.weights(np.take_along_axis(scores_TE[rows], experts_RK, axis=1), experts_RK)
     weights = weights_TK.clone()

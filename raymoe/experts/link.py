@@ -14,7 +14,7 @@ import torch
 from raymoe.checkpoint.checkpoint import ExpertTensors
 
 PIECE_BYTES = 1 << 20  # of a copy; at 10 GB/s an urgent load waits 0.1 ms for the piece in hand
-EMULATED_PIECES = 4  # of an imitated transfer; more would measure the accuracy of sleeping
+EMULATED_PIECES = 2  # of an imitated transfer; more would measure how fast threads wake up
 
 
 class Link(Protocol):

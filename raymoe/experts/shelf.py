@@ -109,7 +109,6 @@ class Shelf:
             if self._tickets:
                 self._settle()
             self.counters.prefetches_late += self._orders.drop(layer)
-            self.keeper.reached(layer)
             self.keeper.step(layer, scores_E, experts_P, rows)
             self._cancel_wrong(layer, experts_P)
             slots_P = self.residency.ready_slot_LE[layer][experts_P]
@@ -277,7 +276,7 @@ class Shelf:
 
     def _victim(self, identifier: int) -> int | None:
         residency = self.residency
-        values = self.keeper.values(residency.layer_S, residency.expert_S, residency.last_use_S)
+        values = self.keeper.values(residency.place_S, residency.last_use_S)
         return residency.victim(layer_and_expert(identifier)[0], values)
 
     def _load_waiting(self, step: Step) -> None:

@@ -67,7 +67,7 @@ class Residency:
         self.ready_slot_LE = np.full((layers, experts), -1, dtype=np.int32)
         self.expert_in: list[int | None] = [None] * count
         self.layer_S = np.zeros(count, dtype=np.int64)
-        self.expert_S = np.zeros(count, dtype=np.int64)
+        self.place_S = np.zeros(count, dtype=np.int64)  # layer x experts per layer + expert
         self.ready_S = np.zeros(count, dtype=bool)
         self.shielded_S = np.zeros(count, dtype=bool)
         self.last_use_S = np.zeros(count, dtype=np.int64)
@@ -100,7 +100,7 @@ class Residency:
         """
         if self._free:
             return None
-        evictable_S = self.ready_S & ~self.shielded_S
+        evictable_S = self.ready_S > self.shielded_S
         if self.share:
             if self._held_L[layer] >= self.share:
                 preferred_S = evictable_S & (self.layer_S == layer)
@@ -132,8 +132,9 @@ class Residency:
             self._forget(evicted)
         self.slot_of[expert] = slot
         self.expert_in[slot] = expert
-        self.layer_S[slot], self.expert_S[slot] = layer_and_expert(expert)
-        self._held_L[self.layer_S[slot]] += 1
+        layer, number = layer_and_expert(expert)
+        self.layer_S[slot], self.place_S[slot] = layer, layer * self.ready_slot_LE.shape[1] + number
+        self._held_L[layer] += 1
         self.ready_S[slot] = False
         self._step += 1
         self.last_use_S[slot] = self._step
@@ -142,7 +143,7 @@ class Residency:
     def mark_ready(self, slot: int) -> None:
         """The load into ``slot`` is complete."""
         self.ready_S[slot] = True
-        self.ready_slot_LE[self.layer_S[slot], self.expert_S[slot]] = slot
+        self.ready_slot_LE.reshape(-1)[self.place_S[slot]] = slot
 
     def abandon(self, slot: int) -> None:
         """The load into ``slot`` failed: it is free again."""

@@ -59,6 +59,13 @@ class Router:
         """The logits [T, E] in what the router's module returned."""
         return (output if self._index is None else output[self._index]).detach().reshape(-1, self.experts)
 
+    def scores_of(self, logits_TE: torch.Tensor) -> np.ndarray:
+        """Gate scores [T, E] in float32 by the layer's rule; the common one in a single operation."""
+        assert self.rule is not None
+        if self.rule.score == "softmax":
+            return torch.softmax(logits_TE.float(), dim=-1).cpu().numpy()
+        return self.rule.scores(logits_TE.float().cpu().numpy())
+
     def capture(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """A forward hook for the router's module; it runs at every layer of every step, so it only keeps."""
         self._logits = output if self._index is None else output[self._index]

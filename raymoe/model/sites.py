@@ -80,7 +80,7 @@ class MoeSite:
         assert self.router.rule is not None and self.router.module is not None
         # by their forward: a call would run the hooks that keep what belongs to the step under way
         hidden = state_TH if self.norm is None else self.norm.forward(state_TH)
-        return self.router.rule.scores(self._logits_TE(hidden).float().cpu().numpy())
+        return self.router.scores_of(self._logits_TE(hidden))
 
     def _logits_TE(self, hidden: torch.Tensor) -> torch.Tensor:
         """The router's logits, without its choice where they come from a plain product."""

@@ -23,42 +23,51 @@ class Keeper:
 
     def __init__(self, eviction: str, layers: int, experts: int, window: int) -> None:
         self.eviction = eviction
-        self._worth = ScoreWindow(layers, experts, window)
+        self._mean = ScoreWindow(layers, experts, window)
         self._uses = UseCounts(layers, experts)
-        self._forecast_LE = np.zeros((layers, experts), dtype=np.float32)
-        self._has_forecast = False
+        self._worth_LE = np.zeros((layers, experts), dtype=np.float32)  # means, or forecasts where those are higher
+        self._forecast_LE = np.zeros((layers, experts), dtype=bool)
 
     def step(self, layer: int, scores_E: np.ndarray | None, experts_P: np.ndarray, rows: int) -> None:
-        """The layer's step has these mean gate scores, and ``rows`` rows use these experts, one per pair."""
+        """A step of the layer has come: ``rows`` rows use these experts, one per pair; its forecast is of no more use.
+
+        Args:
+            scores_E: mean gate scores; None where they are not known.
+        """
         if scores_E is not None:
-            used_E = np.bincount(experts_P, minlength=len(scores_E)).astype(np.float32)
-            self._worth.observe(layer, scores_E + used_E * np.float32(USED / rows))
+            worth_E = np.zeros(self._worth_LE.shape[1], dtype=np.float32)
+            worth_E[: len(scores_E)] = scores_E
+            if rows == 1:
+                worth_E[experts_P] += USED
+            else:
+                worth_E += np.bincount(experts_P, minlength=len(worth_E)) * (USED / rows)
+            self._mean.observe(layer, worth_E)
         if self.eviction == "lfu":
             self._uses.observe(layer, experts_P)
+        self._worth_LE[layer] = self._mean.mean_LE[layer]
+        self._forecast_LE[layer] = False
 
     def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """The forecast for a layer to come; replaces an earlier one for it. Returns what each expert is worth."""
         worth = scores + np.float32(USED)
-        self._forecast_LE[layer] = 0.0
-        self._forecast_LE[layer, experts] = worth
-        self._has_forecast = True
+        row_E = self._worth_LE[layer]
+        row_E[:] = self._mean.mean_LE[layer]
+        row_E[experts] = np.maximum(row_E[experts], worth)
+        self._forecast_LE[layer] = False
+        self._forecast_LE[layer, experts] = True
         return worth
 
-    def reached(self, layer: int) -> None:
-        """The layer has come: its forecast is of no more use."""
-        if self._has_forecast:
-            self._forecast_LE[layer] = 0.0
+    def values(self, place_S: np.ndarray, last_use_S: np.ndarray) -> np.ndarray:
+        """What keeping each slot's expert is worth; only their order means something.
 
-    def values(self, layer_S: np.ndarray, expert_S: np.ndarray, last_use_S: np.ndarray) -> np.ndarray:
-        """What keeping each slot's expert is worth; only their order means something."""
+        Args:
+            place_S: layer x experts per layer + expert, of the expert in each slot.
+        """
         if self.eviction == "score":
-            mean_S = self._worth.mean_LE[layer_S, expert_S]
-            return np.maximum(mean_S, self._forecast_LE[layer_S, expert_S]) if self._has_forecast else mean_S
-        value_S = last_use_S if self.eviction == "lru" else self._uses.counts_LE[layer_S, expert_S]
-        if not self._has_forecast:
-            return value_S
-        return np.where(self._forecast_LE[layer_S, expert_S] > 0.0, np.inf, value_S)
+            return self._worth_LE.reshape(-1).take(place_S)
+        value_S = last_use_S if self.eviction == "lru" else self._uses.counts_LE.reshape(-1).take(place_S)
+        return np.where(self._forecast_LE.reshape(-1).take(place_S), np.inf, value_S)
 
     def worth(self, layer: int, expert: int) -> float:
         """By score, whatever the rule of eviction: what a prefetch that would evict the expert has to beat."""
-        return float(max(self._worth.mean_LE[layer, expert], self._forecast_LE[layer, expert]))
+        return float(self._worth_LE[layer, expert])

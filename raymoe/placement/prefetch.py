@@ -29,6 +29,9 @@ def wanted(scores_TE: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         (int64 [N], float32 [N])
     """
     tokens, experts = scores_TE.shape
+    if tokens == 1:
+        best = np.argsort(-scores_TE[0], kind="stable")[:top_k]
+        return best, scores_TE[0, best]
     if top_k >= experts:
         chosen_TE = scores_TE
     else:
@@ -36,7 +39,7 @@ def wanted(scores_TE: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         top_TK = np.argpartition(scores_TE, experts - top_k, axis=1)[:, experts - top_k :]
         token_T1 = np.arange(tokens)[:, None]
         chosen_TE[token_T1, top_TK] = scores_TE[token_T1, top_TK]
-    worth_E = chosen_TE.mean(axis=0) if tokens > 1 else chosen_TE[0]
+    worth_E = chosen_TE.mean(axis=0)
     named = np.flatnonzero(worth_E > 0)
     order = np.argsort(-worth_E[named], kind="stable")
     return named[order], worth_E[named][order]

@@ -6,7 +6,7 @@ import pytest
 from raymoe.placement.keeping import Keeper
 from raymoe.placement.prefetch import lookahead, wanted
 
-SLOTS = np.array([0, 0, 1]), np.array([0, 1, 1])  # layers and experts of three slots
+PLACES = np.array([0, 1, 4])  # of layer 0, experts 0 and 1, and layer 1, expert 1
 LAST_USE = np.array([5, 3, 4])
 
 
@@ -24,36 +24,36 @@ def keeper(eviction: str) -> Keeper:
     [("score", [0.55 + 1.0, 0.35 + 0.5, 0.2]), ("lru", [5, 3, 4]), ("lfu", [2, 1, 0])],
 )
 def test_values_by_rule(eviction: str, values: list[float]) -> None:
-    assert keeper(eviction).values(*SLOTS, LAST_USE) == pytest.approx(values)
+    assert keeper(eviction).values(PLACES, LAST_USE) == pytest.approx(values)
 
 
 def test_uses_count_by_the_share_of_rows() -> None:
     kept = Keeper("score", 1, 2, window=4)
     kept.step(0, np.array([0.5, 0.5], dtype=np.float32), np.array([0, 0, 0, 1]), rows=4)
-    assert kept.values(np.zeros(2, int), np.arange(2), np.zeros(2)) == pytest.approx([1.25, 0.75])
+    assert kept.values(np.arange(2), np.zeros(2)) == pytest.approx([1.25, 0.75])
 
 
 def test_a_forecast_is_worth_more_than_a_memory_until_its_layer_has_come() -> None:
     kept = keeper("score")
     assert kept.expect(1, np.array([1]), np.array([0.4], dtype=np.float32)) == pytest.approx([1.4])
-    assert kept.values(*SLOTS, LAST_USE)[2] == pytest.approx(1.4)
+    assert kept.values(PLACES, LAST_USE)[2] == pytest.approx(1.4)
     assert kept.worth(1, 1) == pytest.approx(1.4)
-    kept.reached(1)
-    assert kept.values(*SLOTS, LAST_USE)[2] == pytest.approx(0.2)
+    kept.step(1, np.array([0.1, 0.2, 0.7], dtype=np.float32), np.array([2]), rows=1)
+    assert kept.values(PLACES, LAST_USE)[2] == pytest.approx(0.2)
 
 
 def test_a_later_forecast_replaces_the_earlier() -> None:
     kept = keeper("score")
     kept.expect(1, np.array([1]), np.array([0.4], dtype=np.float32))
     kept.expect(1, np.array([0]), np.array([0.3], dtype=np.float32))
-    assert kept.values(*SLOTS, LAST_USE)[2] == pytest.approx(0.2)
+    assert kept.values(PLACES, LAST_USE)[2] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("eviction", ["lru", "lfu"])
 def test_other_rules_never_evict_what_is_forecast(eviction: str) -> None:
     kept = keeper(eviction)
     kept.expect(1, np.array([1]), np.array([0.01], dtype=np.float32))
-    assert np.isinf(kept.values(*SLOTS, LAST_USE)[2])
+    assert np.isinf(kept.values(PLACES, LAST_USE)[2])
 
 
 def test_wanted_are_the_top_of_each_token_best_first() -> None:

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Figure, figure, report
-from benchmarks.importance import decisions, speed
-from benchmarks.importance.replay import Times, without_overheads
-from benchmarks.importance.setup import Bench
-from benchmarks.importance.speed import FULL, LRU, RESIDENT, Measured
+from benchmarks.scheduling import decisions, speed
+from benchmarks.scheduling.replay import Times, without_overheads
+from benchmarks.scheduling.setup import Bench
+from benchmarks.scheduling.speed import FULL, LRU, RESIDENT, Measured
 from raymoe.config import SchedulingConfig
 
 DEFAULT = SchedulingConfig(policy="importance")
@@ -46,14 +46,15 @@ def main() -> None:
         print_decisions(console, rows, bench.top_k)
         settings["decisions"] = [row.as_dict() for row in rows]
         if options.figures:
-            from benchmarks.importance import plots
+            from benchmarks.scheduling import plots
 
             plots.hit_rates(rows, bench.top_k, options.figures / "importance-hits.png")
             plots.quality(rows, options.figures / "importance-quality.png")
     if options.part != "decisions":
         for batch in (1,) if options.quick else (1, 3, 8):
             part = "few" if options.quick else "all" if batch == 1 else "ladder"
-            measured = speed.measure(bench, part, batch, 129, options.texts, progress)
+            texts = options.texts if batch == 1 else max(3, options.texts // 2)
+            measured = speed.measure(bench, part, batch, 129 if batch == 1 else 97, texts, progress)
             print_speed(console, measured, batch)
             settings[f"speed_batch_{batch}"] = as_dict(measured)
             if batch == 1:
@@ -62,7 +63,7 @@ def main() -> None:
                 reduced = measured.reduction(FULL)
                 figures.append(figure(f"tpot_reduction_vs_lru_batch_{batch}", reduced, "share", "emulated link"))
             if options.figures:
-                from benchmarks.importance import plots
+                from benchmarks.scheduling import plots
 
                 plots.ladder(measured, options.figures / f"importance-speed-batch-{batch}.png")
     report("importance scheduling (emulated link and host)", figures, settings, options.json)

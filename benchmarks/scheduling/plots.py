@@ -8,8 +8,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.importance.decisions import Decided
-from benchmarks.importance.speed import LRU, RESIDENT, Measured
+from benchmarks.scheduling.decisions import Decided
+from benchmarks.scheduling.speed import LRU, RESIDENT, Measured
 
 COLOURS = ("#3b6fb6", "#d97b29", "#4a9c5d", "#a04a8c")
 

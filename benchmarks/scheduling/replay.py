@@ -54,7 +54,7 @@ def hits(trace: Trace, slots: int, rule: str, window: int) -> tuple[int, int]:
                 if slot is None and rule == "clairvoyant":
                     slot = clairvoyant_victim(next_use_TE[token, held], ~shielded)
                 elif slot is None:
-                    values = keeper.values(np.full(slots, layer), held, last_use)
+                    values = keeper.values(layer * experts + held, last_use)
                     slot = lowest_value(values, ~shielded)
                 if slot is not None:
                     held[slot], last_use[slot], shielded[slot] = expert, token + 1, True
@@ -124,7 +124,6 @@ class _World:
         self.now_s += self.times.until_router_s
         self._prefetch_until(self.now_s)
         self.orders.pop(layer, None)
-        self.keeper.reached(layer)
         scores_E = self.trace.scores_TLE[token, layer]
         held_C, ready_C = self.held_LC[layer], self.ready_at_LC[layer] <= self.now_s
         available_E = np.zeros(self.experts, dtype=bool)
@@ -182,7 +181,7 @@ class _World:
         slot = int(np.argmax(held_C < 0)) if (held_C < 0).any() else None
         if slot is None:
             evictable = ~np.isin(held_C, chosen) & (self.ready_at_LC[layer] <= asked_s)
-            values = self.keeper.values(np.full(len(held_C), layer), held_C, self.last_use_LC[layer])
+            values = self.keeper.values(layer * self.experts + held_C, self.last_use_LC[layer])
             slot = lowest_value(values, evictable)
             if slot is None or (worth is not None and worth <= self.keeper.worth(layer, int(held_C[slot]))):
                 return np.inf if worth is not None else asked_s + self.times.load_s

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.importance.setup import DOMAINS, Bench, EmulatedLinkTimes
+from benchmarks.scheduling.setup import DOMAINS, Bench, EmulatedLinkTimes
 from raymoe.config import SchedulingConfig
 from raymoe.types import Routing
 

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from benchmarks.importance.replay import Trace
-from benchmarks.importance.setup import Bench, Variant
+from benchmarks.scheduling.replay import Trace
+from benchmarks.scheduling.setup import Bench, Variant
 from predictor.gate import GateForecast
 from raymoe.placement.prefetch import FARTHEST
 

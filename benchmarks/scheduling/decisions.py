@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.importance.record import Recorder
-from benchmarks.importance.replay import Trace, hits, mean_hit_rate
-from benchmarks.importance.setup import DOMAINS, Bench, Variant
+from benchmarks.scheduling.record import Recorder
+from benchmarks.scheduling.replay import Trace, hits, mean_hit_rate
+from benchmarks.scheduling.setup import DOMAINS, Bench, Variant
 from raymoe.config import SchedulingConfig
 from raymoe.placement.routing import Routed, route
 from raymoe.types import Routing
