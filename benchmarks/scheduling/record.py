@@ -23,7 +23,7 @@ class Recorder:
         router = self._bench.routers[layer]
         assert router.rule is not None
         if experts_TK.shape[0] == 1:
-            scores_E = router.rule.scores(router.logits_TE.float().numpy())[0]
+            scores_E = router.scores_of(router.logits_TE)[0]
             ahead = [self._forecast.scores(layer, distance) for distance in range(1, FARTHEST + 1)]
             self._rows["scores"].append(scores_E)
             self._rows["chosen"].append(experts_TK[0].numpy().copy())

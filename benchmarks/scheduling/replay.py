@@ -212,7 +212,7 @@ class _World:
                 experts, worth = wanted(
                     self.trace.ahead_TLAE[token, layer, ahead - 1][None], self.trace.chosen_TLK.shape[2]
                 )
-                worth = self.keeper.expect(target, experts, worth)
+                self.keeper.expect(target, experts, worth)
                 self.orders[target] = dict(zip(experts.tolist(), worth.tolist(), strict=True))
 
 

@@ -50,8 +50,10 @@ class LayerTime:
     mean_s: float | None = None
     _last_s: float | None = field(default=None, init=False)
 
-    def layer(self, now_s: float, tokens: int) -> None:
-        """A layer with so many tokens begins; only the time between two layers of decode steps counts."""
+    def layer(self, number: int, now_s: float, tokens: int) -> None:
+        """A layer with so many tokens begins; only the time between two layers of one decode step counts."""
+        if number == 0:
+            self._last_s = None
         if tokens <= MOST_FORECAST_TOKENS and self._last_s is not None:
             took_s = now_s - self._last_s
             self.mean_s = took_s if self.mean_s is None else self.mean_s + LAYER_SMOOTHING * (took_s - self.mean_s)
@@ -157,13 +159,21 @@ class ExpertScheduler:
         if scores_TE is None:
             return self.dispatcher.compute(layer, hidden_TH, experts_TK)
         tokens = hidden_TH.shape[0]
-        self._layer_time.layer(time.perf_counter(), tokens)
+        self._layer_time.layer(layer, time.perf_counter(), tokens)
         forecast = self._forecasts.get(self._scheduling.prefetch)
         meanwhile = nothing
         if forecast is not None and tokens <= MOST_FORECAST_TOKENS:
-            meanwhile = lambda: self._tell(forecast, layer)  # noqa: E731 - a closure over this step, used once
+            meanwhile = lambda: self._try_to_tell(forecast, layer)  # noqa: E731 - a closure over this step
         mean_E = scores_TE[0] if tokens == 1 else scores_TE.mean(axis=0)
         return self.dispatcher.compute(layer, hidden_TH, experts_TK, mean_E, meanwhile)
+
+    def _try_to_tell(self, forecast: Forecast, layer: int) -> None:
+        """A guess must not fail a request: forecasts run architectures' own modules."""
+        try:
+            self._tell(forecast, layer)
+        except Exception:
+            log.exception("forecasts from layer %d failed; there are no more of this kind", layer)
+            self._forecasts = {kind: other for kind, other in self._forecasts.items() if other is not forecast}
 
     def _tell(self, forecast: Forecast, layer: int) -> None:
         """Forecast the layer that a load begun now would be in time for; at the first one also those before it."""
@@ -175,7 +185,10 @@ class ExpertScheduler:
             scores_TE = forecast.scores(layer, ahead)
             if scores_TE is None:
                 continue
-            experts, worth = wanted(scores_TE, self._top_k)
+            rule = self._routers[layer + ahead].rule
+            limited = rule is not None and (rule.bias_E is not None or rule.groups_kept != rule.groups)
+            chosen_by_TE = rule.selection_scores(scores_TE) if rule is not None and limited else scores_TE
+            experts, worth = wanted(scores_TE, chosen_by_TE, self._top_k)
             self.dispatcher.expect(layer + ahead, experts, worth)
             if self._on_forecast is not None:
                 self._on_forecast(layer + ahead, experts, worth)

@@ -224,9 +224,10 @@ class ModelService:
 
         Raises ConfigError where the profile can't be used, or the devices can't do it.
         """
-        self.config = self.config.rescheduled(scheduling)
+        config = self.config.rescheduled(scheduling)
         if scheduling.similarity != self._scheduling.similarity:
             self.experts.similarity = load_similarity(scheduling, self.checkpoint)
+        self.config = config
         self._scheduling = scheduling
         self._engine.reconfigure(scheduling)
 

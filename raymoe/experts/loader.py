@@ -5,6 +5,7 @@ waits for its own experts only. ``CudaLoader`` is the same on copy streams with 
 """
 
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -17,6 +18,8 @@ import torch
 from raymoe.checkpoint.checkpoint import ExpertTensors
 from raymoe.errors import LoadCancelledError
 from raymoe.experts.link import Link
+
+log = logging.getLogger(__name__)
 
 ON_DEMAND, PREFETCH = 0, 1
 
@@ -149,12 +152,14 @@ class ThreadLoader:
             _, order, ticket = self._queue.get()
             if ticket is None:
                 return
-            if ticket.is_done():  # it was queued twice, for it had to hurry
-                continue
-            if not ticket.advance():
+            # one that had to hurry was queued twice, and may be done by now
+            if not ticket.is_done() and not ticket.advance():
                 self._queue.put((ticket.priority, order, ticket))  # after each piece, so that urgent loads overtake
             elif self._queue.empty():
-                self.on_idle()
+                try:
+                    self.on_idle()
+                except Exception:  # loads must go on
+                    log.exception("no prefetch could be begun")
 
 
 @dataclass(slots=True, eq=False)

@@ -24,6 +24,7 @@ from raymoe.placement.host_assist import fastest_split
 from raymoe.placement.keeping import Keeper
 
 LOAD_TIMEOUT_S = 600.0  # a guard against a dead loader; deadlines of calls are the client's
+MOST_HOST_ROWS = 16  # of a step; the cost of an expert on the host is known for few rows, prompts have hundreds
 SLOT_WAIT_S = 1e-4  # while every slot is taken by prefetches in flight
 
 
@@ -100,12 +101,14 @@ class Shelf:
         self._loaded: list[int] = []
         self._evicted: list[int] = []
         self._told_loads = 0
+        self._step: Step | None = None
 
     # --- a layer call -----------------------------------------------------------------------------------
 
     def begin_step(self, layer: int, experts_P: np.ndarray, rows: int, scores_E: np.ndarray | None) -> Step:
         """Shield what the call needs, start loading what is missing, and say what the host shall compute."""
         with self._lock:
+            self.residency.unshield(slice(None))  # a call that was begun and never finished shields nothing any more
             if self._tickets:
                 self._settle()
             self.counters.prefetches_late += self._orders.drop(layer)
@@ -118,10 +121,11 @@ class Shelf:
             self.counters.misses += len(experts_P) - hits
             if hits == len(experts_P):
                 self.residency.use(slots_P)
-                return Step(layer, slots_P, deque(), deque())
+                self._step = Step(layer, slots_P, deque(), deque())
+                return self._step
             self.residency.use(slots_P[ready_P])
             absent = np.unique(experts_P[~ready_P])
-            step = self._split(layer, slots_P, absent, scores_E)
+            step = self._step = self._split(layer, slots_P, absent, scores_E, rows <= MOST_HOST_ROWS)
             for identifier in step.arriving:
                 self._tickets[identifier].hurry()
             self.residency.use([self.residency.slot_of[identifier] for identifier in step.arriving])
@@ -143,8 +147,8 @@ class Shelf:
                 time.sleep(SLOT_WAIT_S)
         identifier = step.arriving.popleft()
         self._finish(identifier)
-        slot = self.residency.slot_of.get(identifier)
-        if slot is None:  # it had been cancelled as a prefetch just before it was wanted after all
+        slot = int(self.residency.ready_slot_LE[layer_and_expert(identifier)])
+        if slot < 0:  # it had been cancelled as a prefetch just before it was wanted after all
             step.waiting.append(identifier)
             return self.next_arrival(step)
         return identifier, slot
@@ -156,18 +160,22 @@ class Shelf:
                 self.residency.unshield(slots)
                 self._load_waiting(step)
 
-    def end_step(self, step: Step | None = None) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-        """Lift all shields; what the host computed is ordered for later, when the link is free.
-
-        Returns the ids that are here now and were not at the last step's end, the reverse, and the loads since then.
-        """
+    def end_step(self) -> None:
+        """Lift all shields; what the host computed is ordered for later, when the link is free."""
         with self._lock:
             self.residency.unshield(slice(None))
+            step, self._step = self._step, None
             if step is not None and step.hosted:
                 self._order(step.layer, {i: self.keeper.worth(*layer_and_expert(i)) for i in step.hosted})
+            if self._tickets:
+                self._settle()
+            self._prefetch_next()
+
+    def take_changes(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Ids that are here now and were not at the last take, the reverse, and the loads since then."""
+        with self._lock:
             changes = tuple(self._loaded), tuple(self._evicted)
             self._loaded, self._evicted = [], []
-            self._prefetch_next()
             loads = self.counters.loads - self._told_loads
             self._told_loads = self.counters.loads
             return *changes, loads
@@ -183,15 +191,19 @@ class Shelf:
                 self._told_loads += 1  # it belongs to no call
         self._finish(identifier)
 
-    def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
-        """A forecast: these experts of a layer to come will be wanted, with these gate scores.
+    def expect(self, layer: int, experts: np.ndarray, worth: np.ndarray) -> None:
+        """A forecast: these experts of a layer to come will be wanted, and are worth this much (see ``prefetch``).
 
         Those that are here are kept for it; the others are loaded when the link is free, best first, unless that
-        would cost a shielded or better expert. What has not begun when the layer comes is dropped.
+        would cost a shielded or better expert. What has not begun when the layer comes is dropped, and so is a
+        forecast of the layer in hand: it is late.
         """
         with self._lock:
-            worth = self.keeper.expect(layer, experts, scores).tolist()
-            self._order(layer, {expert_id(layer, e): w for e, w in zip(experts.tolist(), worth, strict=True)})
+            if self._step is not None and self._step.layer == layer:
+                self.counters.prefetches_late += len(experts)
+                return
+            self.keeper.expect(layer, experts, worth)
+            self._order(layer, {expert_id(layer, e): w for e, w in zip(experts.tolist(), worth.tolist(), strict=True)})
 
     def on_idle(self) -> None:
         """The link is free: begin the best order, if there is any. Called by the loader too."""
@@ -218,11 +230,14 @@ class Shelf:
 
     # --- the caller holds the lock ----------------------------------------------------------------------
 
-    def _split(self, layer: int, slots_P: np.ndarray, absent: np.ndarray, scores_E: np.ndarray | None) -> Step:
+    def _split(
+        self, layer: int, slots_P: np.ndarray, absent: np.ndarray, scores_E: np.ndarray | None, host_may: bool
+    ) -> Step:
         """Who loads, who waits, who is computed on the host."""
         identifiers = [expert_id(layer, expert) for expert in absent.tolist()]
         load_s = self.load_cost.mean_s
-        host_s = self.host_cost.mean_s if self.host_cost is not None else None
+        host_cost = self.host_cost  # once: it may be taken away by another thread
+        host_s = host_cost.mean_s if host_cost is not None and host_may else None
         if host_s is None or load_s is None:
             arriving = [i for i in identifiers if i in self.residency.slot_of]
             return Step(layer, slots_P, deque(i for i in identifiers if i not in arriving), deque(arriving))
@@ -234,8 +249,9 @@ class Shelf:
                 for i, flying in zip(identifiers, in_flight, strict=True)
             ]
         )
-        scores = scores_E[absent] if scores_E is not None else np.zeros(len(absent), dtype=np.float32)
         busy_s = float(np.nanmax(remaining)) if any(in_flight) else 0.0
+        scores = scores_E[absent] if scores_E is not None else np.zeros(len(absent), dtype=np.float32)
+        # no worth of a load beyond the step: what the host computes is loaded soon after, when the link is free
         split = self.split(
             scores, load_s, host_s, link_busy_s=busy_s, remaining_s=remaining if any(in_flight) else None
         )
@@ -261,7 +277,9 @@ class Shelf:
         self._prefetch_next()
 
     def _prefetch_next(self) -> None:
-        """One prefetch at a time, and none while somebody waits for a load."""
+        """One prefetch at a time, and none while somebody waits for a load or a slot."""
+        if self._step is not None and self._step.waiting:
+            return
         while not self._tickets and (order := self._orders.take()) is not None:
             identifier, worth = order
             if identifier in self.residency.slot_of or identifier not in self._store.experts:
@@ -297,9 +315,6 @@ class Shelf:
         self._tickets[identifier] = self._loader.start(source, self.pool.slots[slot], self.expert_bytes, priority)
         self._started_s[identifier] = time.perf_counter()
         self._failed.pop(identifier, None)
-        _note(identifier, self._loaded, self._evicted)
-        self.counters.loads += 1
-        self.counters.bytes_loaded += self.expert_bytes
         return True
 
     def _settle(self) -> None:
@@ -313,6 +328,9 @@ class Shelf:
         slot = self.residency.slot_of[identifier]
         if ticket.error is None:
             self.residency.mark_ready(slot)
+            self.counters.loads += 1
+            self.counters.bytes_loaded += self.expert_bytes
+            _note(identifier, self._loaded, self._evicted)
             seconds = ticket.link_s()
             if seconds is not None:
                 self.load_cost.add(seconds)
@@ -320,7 +338,6 @@ class Shelf:
             self.residency.abandon(slot)
             if not isinstance(ticket.error, LoadCancelledError):
                 self._failed[identifier] = ticket.error
-            _note(identifier, self._evicted, self._loaded)
 
     # --- the caller does not hold the lock --------------------------------------------------------------
 

@@ -115,6 +115,7 @@ class ExpertWorker:
         self._loader: Loader | None = None
         self._computes = [LayerCompute(module, dtype, device, kernels) for module in modules]
         self._tables = [WeightTable(layer.num_experts) for layer in layers]
+        self._owns_all = False
         self._owned = [np.zeros(layer.num_experts, dtype=bool) for layer in layers]
         self._shelves: list[Shelf] = []
         self._shelf_of_layer: list[int] = []
@@ -144,6 +145,7 @@ class ExpertWorker:
         for key in keys:
             self._owned[key.layer][key.expert] = True
             self._tables[key.layer].put(key.expert, self.store.experts[expert_id(key.layer, key.expert)])
+        self._owns_all = all(owned.all() for owned in self._owned)
         self._assist()
 
     def load_all(self) -> None:
@@ -188,7 +190,8 @@ class ExpertWorker:
         if (before.eviction, before.score_window) != (scheduling.eviction, scheduling.score_window):
             for shelf in self._shelves:
                 shelf.replace_keeper(self._new_keeper())
-        self._assist()
+        if before.host_assist != scheduling.host_assist:
+            self._assist()
 
     def _assist(self) -> None:
         """Let the host compute experts where that is asked for and can pay: it needs a core of its own.
@@ -301,7 +304,8 @@ class ExpertWorker:
                 if step.hosted and isinstance(self._link, EmulatedLink):
                     self._link.until(begun.start_s + len(step.hosted) * (self._link.host_s or 0.0))
         finally:
-            loaded, evicted, loads = shelf.end_step(step)
+            shelf.end_step()
+        loaded, evicted, loads = shelf.take_changes()
         shelf.counters.hosted += hosted
         hits = int(np.count_nonzero(step.slots_P >= 0))
         return ExpertAnswer(
@@ -334,7 +338,7 @@ class ExpertWorker:
             self._tables[call.layer], call.experts_P[mine_P], call.hidden_RH.cpu(), call.rows_P[mine_P]
         )
         cost = self._shelves[self._shelf_of_layer[call.layer]].host_cost
-        if cost is not None and not self._link.emulated:
+        if cost is not None and not self._link.emulated and len(mine_P) == len(step.hosted):
             cost.add((time.perf_counter() - start) / len(step.hosted))
         output_PH[torch.from_numpy(mine_P).to(output_PH.device)] = output.to(output_PH.device)
         return len(mine_P)
@@ -353,16 +357,20 @@ class ExpertWorker:
 
     # --- outside of calls -------------------------------------------------------------------------------
 
-    def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
+    def expect(self, layer: int, experts: np.ndarray, worth: np.ndarray) -> None:
         """A forecast for a layer to come: keep these experts, or load them when the link is free.
 
         Experts that are not in this worker's shard are ignored.
         """
         if not self.has_slots or not self._shelves or not 0 <= layer < len(self.layers):
             return
+        shelf = self._shelves[self._shelf_of_layer[layer]]
+        if self._owns_all and experts.min(initial=0) >= 0 and experts.max(initial=0) < self.layers[layer].num_experts:
+            shelf.expect(layer, experts, worth)
+            return
         mine = (experts >= 0) & (experts < self.layers[layer].num_experts)
         mine[mine] &= self._owned[layer][experts[mine]]
-        self._shelves[self._shelf_of_layer[layer]].expect(layer, experts[mine], scores[mine])
+        shelf.expect(layer, experts[mine], worth[mine])
 
     def ready(self, layer: int) -> np.ndarray:
         """Bool per expert of the layer: whether it could be computed now without a load."""

@@ -241,8 +241,7 @@ class ProofExperts:
         expected_TE = self._expected_TE.pop(layer, None)
         if expected_TE is not None:
             router = self._sites[layer].router
-            assert router.rule is not None
-            scores_TE = router.rule.scores(router.logits_TE.float().cpu().numpy())
+            scores_TE = router.scores_of(router.logits_TE)
             if not np.allclose(expected_TE, scores_TE, rtol=self._tolerance, atol=1e-6):
                 self.wrong.add(layer - 1)
         return experts_TK, weights_TK

@@ -29,13 +29,13 @@ class MoeSite:
     Attributes:
         router: scores and rule.
         norm: what stands between the residual stream and the router; None where nothing does, or it was not found.
-        gate_EH: the router's weight where logits are the plain product with it, which then is all there is to do.
+        gate: norm and router as one product, where that is what they are.
     """
 
-    def __init__(self, router: Router, norm: nn.Module | None, gate_EH: torch.Tensor | None = None) -> None:
+    def __init__(self, router: Router, norm: nn.Module | None, gate: "FoldedGate | None" = None) -> None:
         self.router = router
         self.norm = norm
-        self.gate_EH = gate_EH
+        self.gate = gate
         self._state: torch.Tensor | None = None
         self._more: tuple[Any, ...] = ()
         self._in_batches = False
@@ -78,18 +78,13 @@ class MoeSite:
     def gate_scores(self, state_TH: torch.Tensor) -> np.ndarray:
         """This layer's gate scores [T, E] for a residual stream."""
         assert self.router.rule is not None and self.router.module is not None
+        if self.gate is not None and state_TH.device.type == "cpu":
+            return self.router.rule.scores(self.gate.logits(state_TH.float().numpy()))
         # by their forward: a call would run the hooks that keep what belongs to the step under way
         hidden = state_TH if self.norm is None else self.norm.forward(state_TH)
-        return self.router.scores_of(self._logits_TE(hidden))
-
-    def _logits_TE(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The router's logits, without its choice where they come from a plain product."""
-        assert self.router.module is not None
-        if self.gate_EH is not None:
-            return nn.functional.linear(hidden, self.gate_EH)
         if self._in_batches:
             hidden = hidden.unsqueeze(0)
-        return self.router.logits_of(self.router.module.forward(hidden, *self._more))
+        return self.router.scores_of(self.router.logits_of(self.router.module.forward(hidden, *self._more)))
 
     def _keep_arguments(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self._more = args[1:]  # some blocks pass their selection bias along
@@ -101,17 +96,36 @@ class MoeSite:
             raise Arrived
 
 
+class FoldedGate:
+    """A root mean square norm and a linear router as one matrix product: a quarter of the operations.
+
+    ``norm(x) @ gate.T = (x @ (gate * weight).T) / rms(x)``.
+    """
+
+    def __init__(self, gate_EH: torch.Tensor, weight_H: torch.Tensor, epsilon: float) -> None:
+        self._gate_HE = np.ascontiguousarray((gate_EH.float() * weight_H.float()).cpu().numpy().T)
+        self._epsilon = epsilon
+
+    def logits(self, state_TH: np.ndarray) -> np.ndarray:
+        """Router logits [T, E] for residual streams, float32."""
+        if len(state_TH) == 1:
+            square = float(state_TH[0].dot(state_TH[0])) / state_TH.shape[1]
+            return state_TH @ self._gate_HE * np.float32((square + self._epsilon) ** -0.5)
+        square_T1 = np.square(state_TH).mean(axis=1, keepdims=True)
+        return state_TH @ self._gate_HE / np.sqrt(square_T1 + np.float32(self._epsilon))
+
+
 def attach_sites(model: Any) -> list[MoeSite]:
     """The site of every MoE layer of a trunk, in the order of ``experts_modules``."""
     routers = attach_routers(model)
     norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
-    outputs: dict[int, nn.Module] = {}
+    outputs: dict[int, tuple[nn.Module, torch.Tensor]] = {}
     received: dict[int, torch.Tensor] = {}
     alive: list[torch.Tensor] = []  # else memory would be used again, and addresses mean nothing
 
-    def note_output(module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
-            outputs[output.data_ptr()] = module
+    def note_output(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and args and isinstance(args[0], torch.Tensor):
+            outputs[output.data_ptr()] = module, args[0]
             alive.append(output)
 
     def note_input(index: int) -> Any:
@@ -132,25 +146,34 @@ def attach_sites(model: Any) -> list[MoeSite]:
     return [site_of(router, received.get(index), outputs) for index, router in enumerate(routers)]
 
 
-def site_of(router: Router, received: torch.Tensor | None, outputs: dict[int, nn.Module]) -> MoeSite:
+def site_of(
+    router: Router, received: torch.Tensor | None, outputs: dict[int, tuple[nn.Module, torch.Tensor]]
+) -> MoeSite:
     """The site of a router that, in the forward just made, received this tensor.
 
     Args:
-        outputs: norms by the address of what they returned.
+        outputs: norms and what they were given, by the address of what they returned.
     """
-    if received is None:
+    if received is None or received.data_ptr() not in outputs:
         return MoeSite(router, None)
-    gate_EH = getattr(router.module, "weight", None)
-    if (
-        not isinstance(gate_EH, torch.Tensor)
-        or gate_EH.shape != (router.experts, received.shape[-1])
-        or received.dtype != gate_EH.dtype
-        or not torch.allclose(
-            nn.functional.linear(received.reshape(-1, received.shape[-1]), gate_EH),
-            router.logits_TE,
-            rtol=1e-3,
-            atol=1e-5,
-        )
-    ):
-        gate_EH = None
-    return MoeSite(router, outputs.get(received.data_ptr()), gate_EH)
+    norm, state = outputs[received.data_ptr()]
+    return MoeSite(router, norm, folded_gate(router, norm, state))
+
+
+def folded_gate(router: Router, norm: nn.Module, state: torch.Tensor) -> FoldedGate | None:
+    """Norm and router as one product, if that gives the logits that they gave for ``state``; else None."""
+    gate, weight = getattr(router.module, "weight", None), getattr(norm, "weight", None)
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    hidden = state.shape[-1]
+    if not isinstance(gate, torch.Tensor) or gate.shape != (router.experts, hidden):
+        return None
+    if not isinstance(weight, torch.Tensor) or weight.shape != (hidden,) or not isinstance(epsilon, float):
+        return None
+    states_TH = state.reshape(-1, hidden).float().cpu().numpy()
+    logits_TE = router.logits_TE.float().cpu().numpy()
+    tolerance = 1e-3 if state.dtype == torch.float32 else 3e-2  # a forecast, so that rounding does not matter
+    for offset in (0.0, 1.0):  # some norms store their weight minus one
+        folded = FoldedGate(gate, weight + offset, epsilon)
+        if np.allclose(folded.logits(states_TH), logits_TE, rtol=tolerance, atol=tolerance):
+            return folded
+    return None

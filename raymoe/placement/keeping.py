@@ -47,15 +47,13 @@ class Keeper:
         self._worth_LE[layer] = self._mean.mean_LE[layer]
         self._forecast_LE[layer] = False
 
-    def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """The forecast for a layer to come; replaces an earlier one for it. Returns what each expert is worth."""
-        worth = scores + np.float32(USED)
+    def expect(self, layer: int, experts: np.ndarray, worth: np.ndarray) -> None:
+        """The forecast for a layer to come, and what each expert is worth by it; replaces an earlier one."""
         row_E = self._worth_LE[layer]
         row_E[:] = self._mean.mean_LE[layer]
         row_E[experts] = np.maximum(row_E[experts], worth)
         self._forecast_LE[layer] = False
         self._forecast_LE[layer, experts] = True
-        return worth
 
     def values(self, place_S: np.ndarray, last_use_S: np.ndarray) -> np.ndarray:
         """What keeping each slot's expert is worth; only their order means something.

@@ -35,7 +35,7 @@ def test_uses_count_by_the_share_of_rows() -> None:
 
 def test_a_forecast_is_worth_more_than_a_memory_until_its_layer_has_come() -> None:
     kept = keeper("score")
-    assert kept.expect(1, np.array([1]), np.array([0.4], dtype=np.float32)) == pytest.approx([1.4])
+    kept.expect(1, np.array([1]), np.array([1.4], dtype=np.float32))
     assert kept.values(PLACES, LAST_USE)[2] == pytest.approx(1.4)
     assert kept.worth(1, 1) == pytest.approx(1.4)
     kept.step(1, np.array([0.1, 0.2, 0.7], dtype=np.float32), np.array([2]), rows=1)
@@ -58,13 +58,21 @@ def test_other_rules_never_evict_what_is_forecast(eviction: str) -> None:
 
 def test_wanted_are_the_top_of_each_token_best_first() -> None:
     scores = np.array([[0.5, 0.3, 0.1, 0.1], [0.1, 0.4, 0.3, 0.2]], dtype=np.float32)
-    experts, worth = wanted(scores, 2)
+    experts, worth = wanted(scores, scores, 2)
     assert experts.tolist() == [1, 0, 2]
-    assert worth == pytest.approx([0.35, 0.25, 0.15])
+    assert worth == pytest.approx([0.35 + 1.0, 0.25 + 0.5, 0.15 + 0.5])
+
+
+def test_what_is_chosen_by_biased_scores_is_wanted_and_worth_its_own() -> None:
+    scores = np.array([[0.5, 0.3, 0.1, 0.1]], dtype=np.float32)
+    experts, worth = wanted(scores, scores + np.array([0, 0, 1, 1], dtype=np.float32), 2)
+    assert experts.tolist() == [2, 3]
+    assert worth == pytest.approx([1.1, 1.1])
 
 
 def test_all_experts_are_wanted_where_all_are_chosen() -> None:
-    experts, _ = wanted(np.array([[0.2, 0.8]], dtype=np.float32), 2)
+    scores = np.array([[0.2, 0.8]], dtype=np.float32)
+    experts, _ = wanted(scores, scores, 2)
     assert experts.tolist() == [1, 0]
 
 

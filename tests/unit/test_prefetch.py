@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raymoe.engine.scheduler import LayerTime
 from raymoe.placement.prefetch import FARTHEST, lookahead, orders, wanted
 from raymoe.types import DeviceName, ExpertKey
 
@@ -21,16 +22,17 @@ def named(*experts: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_one_token_wants_its_best_experts() -> None:
-    experts, worths = wanted(np.array([[0.1, 0.4, 0.2, 0.3]], dtype=np.float32), top_k=2)
+    scores = np.array([[0.1, 0.4, 0.2, 0.3]], dtype=np.float32)
+    experts, worths = wanted(scores, scores, top_k=2)
     assert experts.tolist() == [1, 3]
-    assert worths.tolist() == pytest.approx([0.4, 0.3])
+    assert worths.tolist() == pytest.approx([1.4, 1.3])
 
 
 def test_several_tokens_want_what_is_worth_most_in_the_mean() -> None:
     scores = np.array([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]], dtype=np.float32)
-    experts, worths = wanted(scores, top_k=1)
+    experts, worths = wanted(scores, scores, top_k=1)
     assert experts.tolist() == [2, 0]
-    assert worths.tolist() == pytest.approx([0.3, 0.25])
+    assert worths.tolist() == pytest.approx([0.8, 0.75])
 
 
 def test_a_forecast_is_split_by_owner_in_its_order() -> None:
@@ -67,3 +69,11 @@ def test_how_far_to_look_ahead_has_its_bounds(load_s: float | None, layer_s: flo
 def test_a_load_begins_earlier_the_longer_it_takes() -> None:
     ahead = [lookahead(load_s, 1e-3) for load_s in (0.1e-3, 1e-3, 2e-3, 4e-3)]
     assert ahead == sorted(ahead)
+
+
+def test_idle_time_between_requests_is_no_layer_time() -> None:
+    times = LayerTime()
+    for step_s in (0.0, 60.0):
+        for layer in range(4):
+            times.layer(layer, step_s + layer * 0.005, 1)
+    assert times.mean_s == pytest.approx(0.005)

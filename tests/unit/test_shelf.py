@@ -119,10 +119,9 @@ def serve_experts(shelf: Shelf, experts: list[int], scores: list[float] | None =
     return seen
 
 
-def expect(shelf: Shelf, scores: dict[int, float], layer: int = 0) -> None:
-    """Forecast these experts."""
-    worth = np.array(list(scores.values()), dtype=np.float32)
-    shelf.expect(layer, np.array(list(scores), dtype=np.int64), worth)
+def expect(shelf: Shelf, worth: dict[int, float], layer: int = 0) -> None:
+    """Forecast these experts; a use in every step is worth 1, and so are the gate scores together."""
+    shelf.expect(layer, np.array(list(worth), dtype=np.int64), np.array(list(worth.values()), dtype=np.float32))
 
 
 def held(shelf: Shelf, slot: int) -> float:
@@ -202,7 +201,8 @@ def test_a_step_waits_for_slots_that_prefetches_hold() -> None:
 
 def changes_of(shelf: Shelf, experts: list[int]) -> tuple[set[int], set[int]]:
     serve_experts(shelf, experts)
-    loaded, evicted, loads = shelf.end_step()
+    shelf.end_step()
+    loaded, evicted, loads = shelf.take_changes()
     assert len(set(loaded)) == len(loaded) <= loads and len(set(evicted)) == len(evicted)
     return set(loaded), set(evicted)
 
@@ -265,6 +265,33 @@ def test_no_prefetch_begins_while_somebody_waits_for_a_load() -> None:
     assert loader.started == [(1, ON_DEMAND), (3, PREFETCH)]
 
 
+def test_a_forecast_of_the_layer_in_hand_is_late() -> None:
+    shelf, loader = make_shelf(slots=1)
+    expect(shelf, {5: 1.0}, layer=1)
+    step = begin(shelf, [2])
+    expect(shelf, {2: 1.0})
+    loader.tickets[5].finish()
+    loader.on_idle()
+    assert loader.started == [(5, PREFETCH)], "the slot that becomes free is the waiting call's"
+    assert shelf.next_arrival(step) == (2, 0)
+
+
+def test_a_call_that_was_never_finished_shields_nothing() -> None:
+    shelf, _ = make_shelf(slots=2)
+    run_step(shelf, [0, 1])
+    begin(shelf, [0, 1])
+    assert run_step(shelf, [2, 3]) == {2: 2.0, 3: 3.0}
+
+
+def test_cancelled_loads_are_not_counted() -> None:
+    shelf, _ = make_shelf(slots=4)
+    run_step(shelf, [0])
+    expect(shelf, {3: 0.9})
+    run_step(shelf, [0])
+    shelf.on_idle()
+    assert shelf.counters.loads == 1 and 3 not in shelf.resident()
+
+
 def test_a_wrong_prefetch_makes_way() -> None:
     shelf, loader = make_shelf(slots=4)
     run_step(shelf, [0])
@@ -272,16 +299,16 @@ def test_a_wrong_prefetch_makes_way() -> None:
     step = begin(shelf, [0])
     assert isinstance(loader.tickets[3].error, LoadCancelledError)
     assert step.is_ready
-    shelf.end_step(step)
+    shelf.end_step()
     assert run_step(shelf, [3]) == {3: 3.0}
 
 
 def test_prefetch_of_what_is_there_costs_nothing_and_keeps_it() -> None:
     shelf, loader = make_shelf(slots=2)
     run_step(shelf, [3, 4], scores=[0, 0, 0, 0.1, 0.2, 0, 0, 0])
-    expect(shelf, {3: 0.5}, layer=0)
+    expect(shelf, {3: 1.5}, layer=0)
     assert loader.started == [(3, ON_DEMAND), (4, ON_DEMAND)]
-    expect(shelf, {6: 0.9}, layer=1)
+    expect(shelf, {6: 1.4}, layer=1)
     assert 3 in shelf.resident() and 4 not in shelf.resident(), "a forecast counts more than a mean"
 
 
@@ -296,7 +323,7 @@ def test_prefetch_is_refused_where_every_slot_is_shielded() -> None:
     assert shelf.counters.prefetches == 1
 
 
-@pytest.mark.parametrize(("score", "welcome"), [(0.3, False), (0.4, False), (0.5, True)])
+@pytest.mark.parametrize(("score", "welcome"), [(1.3, False), (1.4, False), (1.5, True)])
 def test_prefetch_is_refused_where_the_victim_scored_as_well(score: float, welcome: bool) -> None:
     shelf, _ = make_shelf(slots=1)
     run_step(shelf, [2], scores=[0, 0, 0.4, 0, 0, 0, 0, 0])
@@ -337,9 +364,9 @@ def test_many_misses_are_shared_and_the_best_are_loaded() -> None:
 def test_what_the_host_computed_is_loaded_when_the_link_is_free() -> None:
     shelf, loader = make_shelf(slots=8, host_s=LOAD_S / 3)
     warm(shelf)
-    step = begin(shelf, [1], scores=[0, 0.1, 0, 0, 0, 0, 0, 0])
+    begin(shelf, [1], scores=[0, 0.1, 0, 0, 0, 0, 0, 0])
     assert 1 not in shelf.resident()
-    shelf.end_step(step)
+    shelf.end_step()
     assert loader.started[-1] == (1, PREFETCH)
 
 
@@ -377,4 +404,5 @@ def test_a_failed_load_is_not_reported_as_loaded() -> None:
     shelf, _ = make_shelf(slots=2, fails=[3])
     with pytest.raises(OSError):
         run_step(shelf, [3])
-    assert shelf.end_step()[:2] == ((), ())
+    shelf.end_step()
+    assert shelf.take_changes() == ((), (), 0)
