@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the named figures only")
     parser.add_argument("--tokens", type=int, default=384, help="tokens per domain for the quality of decisions")
     parser.add_argument("--texts", type=int, default=10, help="texts of 128 tokens that are timed")
+    parser.add_argument("--batches", type=int, nargs="+", default=(1, 3, 8), help="rows decoded in lockstep")
     parser.add_argument("--part", choices=("decisions", "speed", "all"), default="all")
     options = parser.parse_args()
     console = Console(width=max(120, Console().width))
@@ -51,7 +52,7 @@ def main() -> None:
             plots.hit_rates(rows, bench.top_k, options.figures / "importance-hits.png")
             plots.quality(rows, options.figures / "importance-quality.png")
     if options.part != "decisions":
-        for batch in (1,) if options.quick else (1, 3, 8):
+        for batch in (1,) if options.quick else options.batches:
             part = "few" if options.quick else "all" if batch == 1 else "ladder"
             texts = options.texts if batch == 1 else max(3, options.texts // 2)
             measured = speed.measure(bench, part, batch, 129 if batch == 1 else 97, texts, progress)

@@ -209,9 +209,8 @@ class _World:
         for ahead in range(1 if layer == 0 else farthest, farthest + 1):
             target = layer + ahead
             if target < self.layers:
-                experts, worth = wanted(
-                    self.trace.ahead_TLAE[token, layer, ahead - 1][None], self.trace.chosen_TLK.shape[2]
-                )
+                scores_1E = self.trace.ahead_TLAE[token, layer, ahead - 1][None]
+                experts, worth = wanted(scores_1E, scores_1E, self.trace.chosen_TLK.shape[2])
                 self.keeper.expect(target, experts, worth)
                 self.orders[target] = dict(zip(experts.tolist(), worth.tolist(), strict=True))
 
