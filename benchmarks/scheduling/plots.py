@@ -1,5 +1,6 @@
 """Plots of the importance benchmark, as PNGs for the docs."""
 
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -72,7 +73,7 @@ def quality(rows: list[Decided], path: Path) -> None:
 def ladder(measured: Measured, path: Path) -> None:
     """TPOT of every variant relative to LRU."""
     names = list(measured.by_name)
-    kept = [100 * (1 - _median(measured.reduction(name))) for name in names]
+    kept = [100 * (1 - statistics.median(measured.reduction(name))) for name in names]
     figure, axes = plt.subplots(figsize=(7.5, 0.4 * len(names) + 1.4))
     colours = ["#8c8c8c" if name in (LRU, RESIDENT) else "#3b6fb6" for name in names]
     bars = axes.barh(names, kept, color=colours)
@@ -80,11 +81,6 @@ def ladder(measured: Measured, path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="time per output token, LRU on-demand = 100% (emulated link)", xlim=(0, 1.12 * max(kept)))
     _finish(figure, axes, path, legend=False)
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
 
 
 def _finish(figure: plt.Figure, axes: Axes, path: Path, *, legend: bool = True) -> None:
