@@ -52,6 +52,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.decode --quick --json out/decode.json
 	$(BIN)/python -m benchmarks.micro --quick --json out/micro.json
 	$(BIN)/python -m benchmarks.importance --quick --json out/importance.json
+	$(BIN)/python -m benchmarks.predictor --quick --json out/predictor.json
+	$(BIN)/python -m benchmarks.on_demand --quick --json out/on-demand.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -9,6 +9,7 @@ from raymoe.config import (
     DeviceConfig,
     LinkConfig,
     ModelConfig,
+    PredictorConfig,
     SchedulingConfig,
     ServingConfig,
     StrictModel,
@@ -23,6 +24,7 @@ SECTIONS: dict[str, type[StrictModel]] = {
     "devices: link": LinkConfig,
     "trunk": TrunkConfig,
     "scheduling": SchedulingConfig,
+    "predictor": PredictorConfig,
     "serving": ServingConfig,
     "user_config of the engine in a Ray Serve config": UserConfig,
 }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymoe import measuring
+from raymoe import measuring, predicting, tracing
 from raymoe.errors import CheckpointError, ConfigError, RaymoeError, RequestError, StartError
 from raymoe.observe import terminal
 
@@ -175,6 +175,8 @@ def status(
 
 app.command()(measuring.calibrate)
 app.command()(measuring.tune)
+app.command()(tracing.trace)
+app.add_typer(predicting.app, name="predictor")
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------
@@ -340,7 +342,7 @@ def describe_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 def slot_budgets(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
     """Slot memory that is worth naming, and how many experts it holds at once."""
-    from raymoe.experts.worker import share_slots
+    from raymoe.experts.bays import share_slots
 
     sizes = [layer.expert_bytes(checkpoint.dtype) for layer in checkpoint.layers]
     kinds = sorted(set(sizes))

@@ -5,7 +5,7 @@ Everything here is strict (unknown fields are refused) and immutable, and import
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -132,7 +132,7 @@ class TrunkConfig(StrictModel):
     native_kernels: bool = Field(True, description="Use C++ kernels for decoding on a CPU where a compiler is found.")
 
 
-Policy = Literal["on_demand", "all_resident", "importance"]
+Policy = Literal["on_demand", "all_resident", "importance", "on_demand_shadow"]
 Eviction = Literal["score", "lru", "lfu"]
 Prefetch = Literal["gate", "resident", "none"]
 SimilarityMeasure = Literal["score", "coactivation", "output"]
@@ -143,13 +143,20 @@ Quality = Literal["exact", "balanced", "fast"] | float
 class SchedulingConfig(StrictModel):
     """How experts are brought into slots, kept there, and replaced by similar ones.
 
-    Everything but ``policy``, ``profile`` and ``call_timeout_s`` can be changed while the model runs.
+    Everything but ``policy``, ``group_size``, ``profile`` and ``call_timeout_s`` can be changed while the model runs.
     """
 
     policy: Policy = Field(
         "on_demand",
         description="on_demand: load on a miss, evict the least recently used; all_resident: load once; "
-        "importance: schedule by gate scores, with substitution, prefetch and host assist.",
+        "importance: schedule by gate scores, with substitution, prefetch and host assist; on_demand_shadow: no "
+        "cache, experts are loaded as the predictor names them and leave after use.",
+    )
+    group_size: int | None = Field(
+        None,
+        ge=1,
+        description="Workers that serve one layer under policy on_demand_shadow, in turns with other groups; "
+        "omitted: one per expert of a token.",
     )
     alpha: Alpha = Field(0.25, description="Width of the substitution window; 0 is exact. Of policy importance.")
     alpha_max: Alpha = Field(0.5, description="Largest alpha that a request or the budget may choose.")
@@ -223,7 +230,12 @@ class SchedulingConfig(StrictModel):
 
 
 DEFAULT_ALPHA = 0.25  # SMoE's most careful setting, and what "balanced" stands for
-FIXED_SCHEDULING = ("call_timeout_s", "policy", "profile")  # known to workers and engine from their start on
+FIXED_SCHEDULING = (
+    "call_timeout_s",
+    "group_size",
+    "policy",
+    "profile",
+)  # known to workers and engine from their start on
 
 
 class UserConfig(StrictModel):
@@ -244,6 +256,36 @@ class UserConfig(StrictModel):
             raise ConfigError(f"user_config: {error}") from error
 
 
+PredictorKind = Literal["shadow", "gate", "resident", "history"]
+
+
+class PredictorConfig(StrictModel):
+    """What tells policy on_demand_shadow the routing ahead."""
+
+    kind: PredictorKind = Field(
+        "shadow",
+        description="shadow: a quantised copy of the model that runs ahead; gate: the gates of the next layers on the "
+        "current state; resident: the layer in hand by its resident experts (local devices only); history: what the "
+        "token was routed to before.",
+    )
+    bits: Literal[16, 8, 4, 3, 2] = Field(
+        8, description="Precision of the shadow's routed experts; its trunk keeps the model's. 16: bfloat16 throughout."
+    )
+    token_align_every: int = Field(
+        1, ge=0, description="Steps after which the shadow takes over the model's token; 0: never, it follows its own."
+    )
+    kv_align_every: int = Field(
+        1, ge=0, description="Steps after which the shadow takes over the model's keys and values; 0: never."
+    )
+    run_ahead: bool = Field(
+        True, description="Go on from the shadow's own next token before the model's is known, and back if it differs."
+    )
+    device: str = Field("cpu", pattern=r"^(cpu|cuda:\d+)$", description='Where the shadow runs: "cpu" or "cuda:N".')
+    threads: int | None = Field(None, ge=1, description="CPU threads of the shadow; omitted: 1.")
+    node_labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels the shadow must match.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Ray resources the shadow takes.")
+
+
 class ServingConfig(StrictModel):
     """The HTTP side."""
 
@@ -261,6 +303,9 @@ class ClusterConfig(StrictModel):
         "auto", description="Owners per expert; auto: 2 where half of the free memory holds it, else 1."
     )
     scheduling: SchedulingConfig = Field(default_factory=SchedulingConfig)
+    predictor: PredictorConfig | None = Field(
+        None, description="Of policy on_demand_shadow; omitted: experts are loaded when the router has named them."
+    )
     serving: ServingConfig = Field(default_factory=ServingConfig)
     bind: str | None = Field(
         None,
@@ -282,12 +327,30 @@ class ClusterConfig(StrictModel):
     @model_validator(mode="after")
     def _resident_forecast_is_local(self) -> "ClusterConfig":
         away = [device.name for device in self.devices if device.transport != "local"]
-        if self.scheduling.prefetch == "resident" and away:
+        fields = {"prefetch": self.scheduling.prefetch, "kind": self.predictor_kind}
+        for field, kind in fields.items():
+            if kind == "resident" and away:
+                section = "scheduling" if field == "prefetch" else "predictor"
+                raise ValueError(
+                    f'{section}.{field} "resident" computes with the slots of the engine\'s own process, but '
+                    f'{", ".join(away)} has another transport: set transport "local" for every device, '
+                    f'or {field} "gate"'
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _predictor_is_used(self) -> "ClusterConfig":
+        if self.predictor is not None and self.scheduling.policy != "on_demand_shadow":
             raise ValueError(
-                f'scheduling.prefetch "resident" computes with the slots of the engine\'s own process, but '
-                f'{", ".join(away)} has another transport: set transport "local" for every device, or prefetch "gate"'
+                f'"predictor" is of policy "on_demand_shadow", but scheduling.policy is "{self.scheduling.policy}": '
+                "change the policy, or remove the predictor"
             )
         return self
+
+    @property
+    def predictor_kind(self) -> PredictorKind | None:
+        """What foretells routing under policy on_demand_shadow; None where nothing does."""
+        return None if self.predictor is None else self.predictor.kind
 
     def rescheduled(self, scheduling: SchedulingConfig) -> "ClusterConfig":
         """This with other scheduling. Raises ConfigError where it doesn't fit the devices."""
@@ -321,6 +384,19 @@ class ClusterConfig(StrictModel):
             return cls.model_validate(data)
         except ValidationError as error:
             raise ConfigError(f"{where}: {describe(error)}") from error
+
+
+Options = TypeVar("Options", bound=StrictModel)
+
+
+def parse_options(model: type[Options], options: dict[str, Any]) -> Options:
+    """A section of the configuration from a command's options. Raises ConfigError that names the option."""
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise ConfigError(f"{option}: {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}") from error
 
 
 def describe(error: ValidationError) -> str:

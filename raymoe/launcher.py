@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from raymoe.actors.session import OnStage, Session
+from raymoe.actors.tracing import ClusterTrace
 from raymoe.config import ClusterConfig
 from raymoe.engine.request import Chunk, Result
 from raymoe.engine.service import ModelService, Prompt
@@ -53,6 +54,13 @@ class Moe:
         """Devices and engine."""
         return self._session.stats()
 
+    def trace(self) -> ClusterTrace:
+        """Records what every process does when, while it is entered: ``with moe.trace() as trace: moe.generate(…)``.
+
+        Then ``trace.recordings`` holds it. Enter and leave it while no request is under way.
+        """
+        return self._session.trace()
+
     def close(self) -> None:
         """End the engine, the workers, and Ray where this started it."""
         self._session.close()
@@ -72,7 +80,7 @@ def launch(config: ClusterConfig | dict[str, Any], *, app: str | None = None, on
     """Start a cluster and return the running model.
 
     Ray is joined where it is initialised or ``RAY_ADDRESS`` is set, else started; a config whose devices are
-    all ``local`` needs none and starts none. Raises RaymoeError; nothing is left running then.
+    all ``local`` and that has no shadow needs none and starts none. Raises RaymoeError; nothing is left running then.
 
     Args:
         app: names the actors; a fresh name where omitted.
@@ -81,7 +89,8 @@ def launch(config: ClusterConfig | dict[str, Any], *, app: str | None = None, on
     if not isinstance(config, ClusterConfig):
         config = ClusterConfig.parse(config)
     owns_ray = False
-    if any(device.transport == "zmq" for device in config.devices) and not ray.is_initialized():
+    needs_ray = config.predictor_kind == "shadow" or any(device.transport == "zmq" for device in config.devices)
+    if needs_ray and not ray.is_initialized():
         from raymoe.checkpoint.opening import open_checkpoint
 
         # a bad checkpoint should be told before Ray is started for it

@@ -18,6 +18,17 @@ class ExpertKey:
     expert: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class StepId:
+    """One forward of the trunk.
+
+    ``position`` is the place in ``sequence`` of the token that it reads (of the first one, where it reads several).
+    """
+
+    sequence: int
+    position: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSize:
     """What placement needs to know of one MoE layer: how many experts, how many bytes each, how many per token."""
@@ -40,6 +51,7 @@ class Routing:
         decisions: (token, layer) pairs that were routed.
         substituted: (token, expert) pairs of the router that were replaced by another expert.
         replaced_mass: sum over decisions of the replaced experts' share of the chosen ones' gate scores.
+        foretellable, foretold: (token, expert) pairs of decode steps under a predictor, and those it had named.
     """
 
     hits: int = 0
@@ -51,6 +63,13 @@ class Routing:
     decisions: int = 0
     substituted: int = 0
     replaced_mass: float = 0.0
+    foretellable: int = 0
+    foretold: int = 0
+
+    @property
+    def recall(self) -> float | None:
+        """Share of the truly chosen experts that the predictor named; None where none was asked."""
+        return self.foretold / self.foretellable if self.foretellable else None
 
     @property
     def hit_rate(self) -> float:
@@ -65,3 +84,17 @@ class Routing:
 
     def __add__(self, other: "Routing") -> "Routing":
         return Routing(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRecipe:
+    """All that the choice of tokens depends on, beside logits and tokens: who has the same recipe chooses alike."""
+
+    seed: int
+    top_k: int
+    temperature: float
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float

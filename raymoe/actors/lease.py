@@ -26,6 +26,7 @@ class Lease:
         tell: what each renewal takes along: the engine's counts, or None.
         on_restart: called with the placement actor when it has lost its state. Where it raises RayError, it is called
             again at the next renewal.
+        on_life: told what each renewal brought back.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Lease:
         *,
         tell: Callable[[], Any] = lambda: None,
         on_restart: Callable[[Any], None] = lambda placement: None,
+        on_life: Callable[[Life], None] = lambda life: None,
     ) -> None:
         self._app = app
         self._holder = holder
         self._tell = tell
         self._on_restart = on_restart
+        self._on_life = on_life
         self._life: Life | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
@@ -68,6 +71,7 @@ class Lease:
         if before is not None and before.actor == life.actor and before.start != life.start:
             self._on_restart(placement)
         self._life = life
+        self._on_life(life)
 
     def _told(self) -> Any:
         try:

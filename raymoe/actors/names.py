@@ -1,16 +1,25 @@
 """How the actors of an application are called. One fixed namespace; names carry the application's."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raymoe.transport.sockets import Endpoint
 
 NAMESPACE = "raymoe"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Life:
-    """Which actor answers, and since which start: the same actor in another life was restarted."""
+    """Which actor answers, and since which start: the same actor in another life was restarted.
+
+    Attributes:
+        shadow: where the shadow listens now; None while there is none.
+    """
 
     actor: str
     start: str
+    shadow: "Endpoint | None" = None
 
 
 def placement_name(app: str) -> str:
@@ -21,3 +30,8 @@ def placement_name(app: str) -> str:
 def worker_name(app: str, device: str) -> str:
     """The expert worker of one device of ``app``."""
     return f"raymoe:{app}:worker:{device}"
+
+
+def shadow_name(app: str) -> str:
+    """The shadow predictor of ``app``."""
+    return f"raymoe:{app}:shadow"

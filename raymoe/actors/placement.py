@@ -14,21 +14,26 @@ to import: torch and all that stands on it comes in within methods.
 
 import contextlib
 import logging
+import math
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from raymoe.actors.names import NAMESPACE, Life, placement_name, worker_name
 from raymoe.actors.reports import device_stats, down_stats
+from raymoe.actors.shadow_keeper import ShadowKeeper
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
 from raymoe.errors import RaymoeError, StartError
-from raymoe.observe.stats import ClusterStats, EngineStats
+from raymoe.observe.stats import ClusterStats, EngineStats, PredictorStats
+from raymoe.placement.assignment import Fleet, fleet_of
+from raymoe.placement.grouping import grouped_ownership
 from raymoe.placement.ownership import (
     BYTES_PER_S,
     Capacity,
@@ -53,6 +58,7 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0  # to schedule a worker and open the checkpoint there
 LOAD_TIMEOUT_S = 3600.0  # to read a shard from disk
 REPORT_TIMEOUT_S = 5.0
+SHADOW_START_S = 300.0  # to open the checkpoint and quantise; then the model starts without
 WATCH_S = 1.0
 HOST_SHARE = 0.8  # of the free memory of a node, for all shards on it
 
@@ -64,6 +70,7 @@ class ClusterView:
     Attributes:
         resident: ids of the experts in each worker's slots.
         scheduling: the settings in force, which may have been changed since the configuration was read.
+        shadow: where the shadow predictor listens; None where there is none, or it could not be started.
     """
 
     ownership: Ownership
@@ -73,6 +80,7 @@ class ClusterView:
     nodes: dict[DeviceName, str]
     resident: dict[DeviceName, tuple[int, ...]]
     scheduling: SchedulingConfig
+    shadow: "Endpoint | None" = None
 
 
 class PlacementShell:
@@ -93,6 +101,7 @@ class PlacementShell:
         self._server: PlacementServer | None = None
         self._desk: OrderDesk | None = None
         self._engine: tuple[str, EngineStats] | None = None
+        self._shadow = ShadowKeeper(app, self._config, limits) if self._config.predictor_kind == "shadow" else None
         self._life = Life(actor=ray.get_runtime_context().get_actor_id() or "", start=uuid.uuid4().hex)
         self._replication = 1
         self._start_lock = threading.Lock()
@@ -110,7 +119,7 @@ class PlacementShell:
         self._holders.renew(holder, time.monotonic())
         if engine is not None:
             self._engine = (holder, engine)
-        return self._life
+        return replace(self._life, shadow=self._shadow.endpoint if self._shadow is not None else None)
 
     def release(self, holder: str) -> None:
         """``holder`` is leaving; the last one ends the cluster (the watch does, so that this call returns)."""
@@ -134,6 +143,8 @@ class PlacementShell:
 
     def _start(self, local: dict[DeviceName, int], client_key: bytes) -> ClusterView:
         remote = [device for device in self._config.devices if device.transport == "zmq"]
+        if self._shadow is not None:  # it quantises its experts while the workers read theirs
+            self._shadow.create()
         self._workers = {DeviceName(device.name): self._find_or_create(device) for device in remote}
         self._infos = {name: self._describe(name, handle) for name, handle in self._workers.items()}
         capacities = self._capacities(remote, local)
@@ -141,9 +152,7 @@ class PlacementShell:
         self._replication = replication_factor(self._config.replication, total, capacities)
         check_fits(self._sizes, capacities, self._replication)
         current = {name: info.owned for name, info in self._infos.items() if info.owned}
-        self._state.ownership = assign(
-            self._sizes, capacities, self._replication, spreads(self._config, self._sizes), current or None
-        )
+        self._state.ownership = hand_out(self._config, self._sizes, capacities, self._replication, current or None)
         self._state.primary = primary_owners(self._sizes, self._state.ownership, spreads(self._config, self._sizes))
         self._load()
         self._tell_workers()
@@ -156,6 +165,7 @@ class PlacementShell:
             nodes={name: info.address for name, info in self._infos.items()},
             resident={name: info.resident for name, info in self._infos.items()},
             scheduling=self._scheduling,
+            shadow=self._connect_shadow(wait_s=SHADOW_START_S),
         )
 
     def rejoin(self, client_key: bytes, ownership: Ownership, scheduling: dict[str, Any]) -> "Endpoint":
@@ -168,7 +178,9 @@ class PlacementShell:
             self._state.primary = primary_owners(self._sizes, ownership, spreads(self._config, self._sizes))
             self._scheduling = SchedulingConfig.model_validate(scheduling)
             self._tell_workers()
-            return self._admit(client_key)
+            endpoint = self._admit(client_key)
+            self._connect_shadow(wait_s=REPORT_TIMEOUT_S)
+            return endpoint
 
     def reconfigure(self, scheduling: dict[str, Any]) -> tuple[DeviceName, ...]:
         """Put other settings in force on all workers, and on those that are started later.
@@ -194,19 +206,40 @@ class PlacementShell:
         if self._desk is None:
             self._desk = OrderDesk(self._state, self._limits)
         self._clients.add(client_key)
-        addresses = {info.address for info in self._infos.values()} | {ray.util.get_node_ip_address()}
-        alone = len(addresses) == 1 and len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) == 1
         for name, handle in self._workers.items():
-            address = self._config.bind or ("127.0.0.1" if alone else self._infos[name].address)
+            address = self._address(self._infos[name].address)
             keys = (*self._clients, self._desk.keys.public)
             self._endpoints[name] = _get(handle.serve.remote(address, keys), REPORT_TIMEOUT_S * 6)
         bounded = bounded_devices(self._config)
         self._desk.connect({name: endpoint for name, endpoint in self._endpoints.items() if name in bounded})
         if self._server is None:
-            own_address = self._config.bind or ("127.0.0.1" if alone else ray.util.get_node_ip_address())
+            own_address = self._address(ray.util.get_node_ip_address())
             self._server = PlacementServer(self._state, own_address, self._limits, self._desk.forecast)
         self._server.clients.keys.add(client_key)
         return self._server.endpoint
+
+    def _address(self, node_address: str) -> str:
+        """What to bind on a node: loopback while there is no other."""
+        addresses = {info.address for info in self._infos.values()} | {ray.util.get_node_ip_address()}
+        nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        return self._config.bind or ("127.0.0.1" if len(addresses) == 1 == len(nodes) else node_address)
+
+    def _connect_shadow(self, wait_s: float) -> "Endpoint | None":
+        """Let the shadow hear the clients and reach the workers; whatever fails is told by the stats."""
+        if self._shadow is None:
+            return None
+        fleet = cluster_fleet(self._config, self._sizes, self._state.ownership)
+        info = self._shadow.find(wait_s)
+        if info is not None:
+            keys = (info.public_key,)
+            admitted: list[Any] = [
+                handle.serve.remote(self._address(self._infos[name].address), keys)
+                for name, handle in self._workers.items()
+            ]
+            if admitted:
+                ray.wait(admitted, num_returns=len(admitted), timeout=REPORT_TIMEOUT_S)
+            self._shadow.connect(self._address(info.address), tuple(self._clients), fleet, dict(self._endpoints))
+        return self._shadow.endpoint
 
     def progress(self) -> tuple[int, int]:
         """(experts in host memory, experts to be there) over all workers, while ``start`` runs."""
@@ -246,7 +279,15 @@ class PlacementShell:
             engine=engine[1] if engine is not None and engine[0] in self._holders.seen_s else None,
             replication=self._replication,
             policy=self._scheduling.policy,
+            predictor=self._predictor_stats(),
         )
+
+    def _predictor_stats(self) -> PredictorStats | None:
+        """The shadow's; other kinds are part of the engine, and well while that is."""
+        kind = self._config.predictor_kind
+        if self._shadow is not None:
+            return self._shadow.stats()
+        return None if kind is None else PredictorStats(kind=kind, state="healthy")
 
     # --- within -----------------------------------------------------------------------------------------
 
@@ -333,14 +374,58 @@ class PlacementShell:
             with contextlib.suppress(ValueError):
                 ray.kill(ray.get_actor(worker_name(self._app, device.name), NAMESPACE), no_restart=True)
         self._workers, self._infos, self._endpoints = {}, {}, {}
+        if self._shadow is not None:
+            self._shadow.end()
         if self._desk is not None:
             self._desk.connect({})
 
     def _watch(self) -> None:
         while not self._holders.is_abandoned(time.monotonic()):
             time.sleep(WATCH_S)
+            self._watch_shadow()
         log.info("nobody holds application %s any more; ending its workers", self._app)
         self.shutdown()
+
+    def _watch_shadow(self) -> None:
+        """A shadow that Ray has started again is connected again; meanwhile engines are told that there is none."""
+        if self._shadow is None or not self._clients or not self._start_lock.acquire(blocking=False):
+            return
+        try:
+            if not self._shadow.is_well():
+                self._connect_shadow(wait_s=REPORT_TIMEOUT_S)
+        except Exception:  # a predictor is worth no more than time; the watch has workers to end one day
+            log.exception("the shadow could not be connected")
+        finally:
+            self._start_lock.release()
+
+
+def hand_out(
+    config: ClusterConfig,
+    sizes: tuple[LayerSize, ...],
+    capacities: list[Capacity],
+    replication: int,
+    current: Ownership | None = None,
+) -> Ownership:
+    """Who owns what, by policy: without a cache any worker of a group must be able to load its layers' experts."""
+    if config.scheduling.policy == "on_demand_shadow":
+        return grouped_ownership(sizes, capacities, group_size(config, sizes), current)
+    return assign(sizes, capacities, replication, spreads(config, sizes), current)
+
+
+def cluster_fleet(config: ClusterConfig, sizes: tuple[LayerSize, ...], ownership: Ownership) -> Fleet:
+    """The workers as the cacheless policy sees them, in the configuration's order."""
+    largest = max(size.expert_bytes for size in sizes)
+    most = max(size.experts for size in sizes)
+    slots = tuple(max(1, device.slot_memory // largest) if device.slot_memory else most for device in config.devices)
+    rates = [device.link.bytes_per_s if device.link is not None else None for device in config.devices]
+    load_s_W = np.array([math.nan if rate is None else largest / rate for rate in rates])
+    devices = [DeviceName(device.name) for device in config.devices]
+    return fleet_of(devices, ownership, sizes, group_size(config, sizes), load_s_W, slots)
+
+
+def group_size(config: ClusterConfig, sizes: tuple[LayerSize, ...]) -> int:
+    """Workers that serve one layer: as configured, else one per expert of a token."""
+    return config.scheduling.group_size or max(size.top_k for size in sizes)
 
 
 def bounded_devices(config: ClusterConfig) -> frozenset[DeviceName]:

@@ -18,9 +18,18 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from raymoe.actors.lease import Lease
-from raymoe.actors.names import NAMESPACE, placement_name
-from raymoe.actors.placement import HOST_SHARE, ClusterView, PlacementShell, bounded_devices, spreads
+from raymoe.actors.names import NAMESPACE, Life, placement_name
+from raymoe.actors.placement import (
+    HOST_SHARE,
+    ClusterView,
+    PlacementShell,
+    bounded_devices,
+    cluster_fleet,
+    hand_out,
+    spreads,
+)
 from raymoe.actors.reports import device_stats
+from raymoe.actors.tracing import ClusterTrace
 from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
@@ -29,11 +38,13 @@ from raymoe.engine.service import ModelService
 from raymoe.errors import ExpertUnavailableError, RaymoeError, StartError
 from raymoe.experts.build import make_worker
 from raymoe.experts.worker import ExpertWorker
-from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats
-from raymoe.placement.ownership import Capacity, Ownership, assign, check_fits, primary_owners
+from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats, PredictorStats
+from raymoe.placement.assignment import Fleet
+from raymoe.placement.ownership import Capacity, Ownership, check_fits, primary_owners
 from raymoe.transport.client import WorkerClient
 from raymoe.transport.frames import Limits
 from raymoe.transport.placement import PlacementClient
+from raymoe.transport.shadow import ShadowClient
 from raymoe.transport.sockets import KeyPair
 from raymoe.types import DeviceName
 
@@ -71,6 +82,7 @@ class Session:
         self._placement: ActorHandle | None = None
         self._lease: Lease | None = None
         self._client: WorkerClient | None = None
+        self._link: ShadowClient | None = None
         self._news: PlacementClient | None = None
         self._local: dict[DeviceName, ExpertWorker] = {}
         self._keys = KeyPair.create()
@@ -80,7 +92,7 @@ class Session:
             dispatcher = self._connect(on_stage)
             on_stage("building the trunk")
             forecast = self._news.forecast if self._news is not None and bounded_devices(config) else None
-            self.service = ModelService(self.checkpoint, config, dispatcher, on_forecast=forecast)
+            self.service = ModelService(self.checkpoint, config, dispatcher, on_forecast=forecast, link=self._link)
             self._adopt()
         except BaseException:
             self.close()
@@ -98,12 +110,15 @@ class Session:
             DeviceName(device.name): make_worker(self.checkpoint, device, self.config.scheduling) for device in local
         }
         memory = local_memory(local)
-        if remote:
-            on_stage(f"starting {len(remote)} expert workers")
+        has_shadow = self.config.predictor_kind == "shadow"
+        if remote or has_shadow:
+            on_stage(f"starting {len(remote)} expert workers{' and the shadow' if has_shadow else ''}")
             limits = message_limits(self.checkpoint)
             view = self._start_remote(memory, limits, on_stage)
             self._client = WorkerClient(view.endpoints, self._keys, limits)
             self._news = PlacementClient(view.placement, self._keys, limits)
+            if has_shadow:
+                self._link = ShadowClient(view.shadow, self._keys, limits, len(self.config.devices))
             ownership, self.replication, self.scheduling = view.ownership, view.replication, view.scheduling
             resident = view.resident
         else:
@@ -123,15 +138,22 @@ class Session:
             timeout_s=self.config.scheduling.call_timeout_s,
             on_changes=self._news.publish if self._news is not None else None,
             bounded=bounded_devices(self.config),
+            fleet=self._fleet(ownership),
+            devices=[DeviceName(device.name) for device in self.config.devices],
         )
         for name, identifiers in resident.items():
             dispatcher.assume_resident(name, identifiers)
         return dispatcher
 
+    def _fleet(self, ownership: Ownership) -> Fleet | None:
+        if self.config.scheduling.policy != "on_demand_shadow":
+            return None
+        return cluster_fleet(self.config, self.checkpoint.sizes(), ownership)
+
     def _start_remote(self, memory: dict[DeviceName, int], limits: Limits, on_stage: OnStage) -> ClusterView:
         self._placement = find_or_create_placement(self.config, self.app, self.checkpoint, limits)
         holder = f"engine-{uuid.uuid4().hex}"
-        self._lease = Lease(self.app, holder, tell=self._tell, on_restart=self._rejoin)
+        self._lease = Lease(self.app, holder, tell=self._tell, on_restart=self._rejoin, on_life=self._follow_shadow)
         reference: Any = self._placement.start.remote(memory, self._keys.public)
         while not ray.wait([reference], timeout=PROGRESS_S)[0]:
             try:
@@ -205,6 +227,11 @@ class Session:
             reference = placement.rejoin.remote(self._keys.public, self._ownership, settings)
             self._news.move(ray.get(reference, timeout=REJOIN_TIMEOUT_S))
 
+    def _follow_shadow(self, life: Life) -> None:
+        """The shadow may have come, gone, or moved."""
+        if self._link is not None:
+            self._link.move(life.shadow)
+
     def _tell(self) -> EngineStats | None:
         """The engine's counts, once there is one."""
         return self._engine_stats() if hasattr(self, "service") else None
@@ -214,9 +241,12 @@ class Session:
     def stats(self) -> ClusterStats:
         """Devices, local and remote, and the engine."""
         devices: dict[str, DeviceStats] = {}
+        kind = self.config.predictor_kind
+        predictor = PredictorStats(kind=kind, state="healthy") if kind is not None else None
         if self._placement is not None:
             workers: Any = ray.get(self._placement.stats.remote(), timeout=STATS_TIMEOUT_S)
             devices |= workers.devices
+            predictor = workers.predictor or predictor
         for device in self.config.devices:
             worker = self._local.get(DeviceName(device.name))
             if worker is not None:
@@ -227,7 +257,12 @@ class Session:
             engine=self._engine_stats(),
             replication=self.replication,
             policy=self.config.scheduling.policy,
+            predictor=predictor,
         )
+
+    def trace(self) -> ClusterTrace:
+        """Records what all processes do while it is entered."""
+        return ClusterTrace(self.app, self.config, self.service, self._local)
 
     def _engine_stats(self) -> EngineStats:
         card, report = self.service.card, self.service.report()
@@ -244,6 +279,7 @@ class Session:
             loads=routing.loads,
             bytes_loaded=routing.bytes_loaded,
             refused_settings=self.refused_settings,
+            recall=routing.recall,
             **{name: getattr(report, name) for name in report.__slots__ if name != "routing"},
         )
 
@@ -254,12 +290,9 @@ class Session:
             service.close()
         for worker in self._local.values():
             worker.close()
-        if self._client is not None:
-            self._client.close()
-        if self._news is not None:
-            self._news.close()
-        if self._lease is not None:
-            self._lease.close()
+        for part in (self._client, self._news, self._link, self._lease):
+            if part is not None:
+                part.close()
 
 
 def check_promised_memory(config: ClusterConfig, checkpoint: Checkpoint) -> None:
@@ -330,7 +363,7 @@ def own_locally(checkpoint: Checkpoint, config: ClusterConfig, memory: dict[Devi
     capacities = [Capacity(device=DeviceName(d.name), host_bytes=memory[DeviceName(d.name)]) for d in config.devices]
     replication = config.replication if isinstance(config.replication, int) else 1
     sizes = checkpoint.sizes()
-    return assign(sizes, capacities, replication, spreads(config, sizes))
+    return hand_out(config, sizes, capacities, replication)
 
 
 def local_memory(devices: list[DeviceConfig]) -> dict[DeviceName, int]:

@@ -10,6 +10,7 @@ import torch
 
 from raymoe.config import DeviceConfig, ModelConfig, SchedulingConfig
 from raymoe.errors import ConfigError
+from raymoe.observe.trace import Recording
 from raymoe.transport.frames import Limits
 from raymoe.transport.sockets import Endpoint
 from raymoe.types import ExpertKey
@@ -104,6 +105,10 @@ class WorkerShell:
                 raise ConfigError(f'device "{self._device.name}" can\'t bind {address}: {error}') from error
         self._server.clients.keys.update(clients)
         return self._server.endpoint
+
+    def trace(self, on: bool) -> Recording | None:
+        """Begin to record; or end it, which returns what was recorded."""
+        return self._worker.trace(on)
 
     def report(self) -> "tuple[WorkerReport, int]":
         """The worker's own report, and how many malformed messages were dropped."""

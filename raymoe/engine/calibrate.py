@@ -105,6 +105,11 @@ class Observer:
         return output_PH.view(*experts_TK.shape, -1)
 
 
+def kept_bytes() -> int:
+    """Memory for experts that stay, on this machine now."""
+    return int(KEPT_SHARE * psutil.virtual_memory().available)
+
+
 def sample_rows(tokens: int, experts: int, hidden: int) -> np.ndarray:
     """Evenly spaced places in a sequence, int32; the first token, which has no context, is none of them."""
     count = min(SAMPLED, tokens // 2, max(1, SAMPLED_BYTES // (experts * hidden * 4)))
@@ -212,7 +217,7 @@ def calibrate(
     elif part.exists():
         on_stage(f"{part} is of other weights or another text: starting anew")
     on_stage("building the trunk")
-    observer = Observer(checkpoint, HostExperts(checkpoint, int(KEPT_SHARE * psutil.virtual_memory().available)))
+    observer = Observer(checkpoint, HostExperts(checkpoint, kept_bytes()))
     runner = Runner(build_trunk(checkpoint, observer, torch.device("cpu")))
     if work is None:
         sums = [empty_sums(layer.num_experts) for layer in checkpoint.layers]

@@ -67,6 +67,22 @@ def text_sequences(text: str, tokenizer: Any, tokens: int) -> list[list[int]]:
     return pieces
 
 
+def text_pieces(text: str, tokenizer: Any, count: int, length: int) -> list[list[int]]:
+    """``count`` evenly spaced pieces of ``length`` tokens; they overlap where the text is shorter than all of them.
+
+    Raises ConfigError for a text of less than one piece, or a model without a tokenizer (None).
+    """
+    if tokenizer is None:
+        raise ConfigError("--text needs a tokenizer, and the model has none: leave it out for text that it generates")
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    if len(ids) < length:
+        raise ConfigError(
+            f"the text has {len(ids)} tokens, fewer than --length {length}: give more text, or less length"
+        )
+    stride = (len(ids) - length) / max(1, count - 1)
+    return [ids[round(index * stride) :][:length] for index in range(count)]
+
+
 def generated_sequences(
     runner: Runner, tokens: int, *, seed: int, on_tokens: Callable[[int], None] = lambda done: None
 ) -> list[list[int]]:

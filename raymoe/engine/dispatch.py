@@ -7,16 +7,19 @@ T tokens, K experts per token, P = T * K pairs, H hidden.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from raymoe.errors import ExpertUnavailableError
-from raymoe.experts.call import ExpertAnswer, ExpertCall, layer_and_expert
+from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder, layer_and_expert
 from raymoe.experts.worker import Begun
-from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing
+from raymoe.placement.assignment import Fleet, reassign
+from raymoe.transport.shadow import Plan
+from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing, StepId
 
 
 class LocalWorker(Protocol):
@@ -42,6 +45,14 @@ class LocalWorker(Protocol):
         """A forecast for a layer to come."""
         ...
 
+    def order(self, order: LoadOrder) -> None:
+        """Experts to have in slots when a step comes to a layer."""
+        ...
+
+    def forget(self, sequence: int) -> None:
+        """A sequence is finished; its orders are void."""
+        ...
+
     @property
     def load_s(self) -> float | None:
         """Seconds to load one expert."""
@@ -55,10 +66,23 @@ class RemoteWorkers(Protocol):
         """Send a call; returns its request number."""
         ...
 
-    def gather(self, requests: dict[int, DeviceName], timeout_s: float) -> dict[int, ExpertAnswer]:
-        """Wait for answers."""
+    def gather(
+        self, requests: dict[int, DeviceName], timeout_s: float, arrived_s: dict[int, float] | None = None
+    ) -> dict[int, ExpertAnswer]:
+        """Wait for answers; ``arrived_s`` takes the time at which each came."""
         ...
 
+    def order(self, device: DeviceName, order: LoadOrder) -> None:
+        """Pass an order on; never waits."""
+        ...
+
+    def forget(self, device: DeviceName, sequence: int) -> None:
+        """A sequence is finished; never waits."""
+        ...
+
+
+OnAnswer = Callable[[int, int, ExpertAnswer, float | None], None]
+"""Told of an answer: worker, bytes sent to it, the answer, and the round trip where nothing else was waited for."""
 
 UnderWay = tuple[LocalWorker, Begun, np.ndarray | None]
 """A call that has begun: whose, and which of all pairs are its; None is all of them in order."""
@@ -74,10 +98,18 @@ def nothing() -> None:
 class Dispatcher:
     """Asks the owners of experts. Used by one thread.
 
+    Attributes:
+        fleet: as given.
+        on_round_trip: told of each small call to a remote worker that needed no load: its device, and the seconds that
+            it took but for computing.
+
     Args:
         owners: whom to ask for each expert.
         max_rows: tokens per message; longer prompts go in several, so that messages stay bounded.
         bounded: remote devices with slots; the others hold all of their experts ready.
+        fleet: where nothing stays resident, the workers, any owner of an expert among whom may be asked for it;
+            ``owners`` is of no account then. None: its owner by that table is asked.
+        devices: the fleet's, in its order.
     """
 
     def __init__(
@@ -91,6 +123,8 @@ class Dispatcher:
         max_rows: int = 2048,
         on_changes: Callable[[Changes], None] | None = None,
         bounded: Collection[DeviceName] = (),
+        fleet: Fleet | None = None,
+        devices: Sequence[DeviceName] = (),
     ) -> None:
         self._local = local
         self._remote = remote
@@ -103,7 +137,21 @@ class Dispatcher:
         self._changes: Changes = {}
         self._bounded = frozenset(bounded)
         self._remote_load_s: dict[DeviceName, float] = {}
+        self.fleet = fleet
+        self.on_round_trip: Callable[[DeviceName, float], None] | None = None
         self.set_owners(sizes, owners)
+        if fleet is not None:
+            self._names = list(devices)
+
+    @property
+    def max_rows(self) -> int:
+        """Tokens per message at most."""
+        return self._max_rows
+
+    @property
+    def devices(self) -> tuple[DeviceName, ...]:
+        """The workers' names, in the order of the fleet where there is one."""
+        return tuple(self._names)
 
     def set_owners(self, sizes: tuple[LayerSize, ...], owners: Mapping[ExpertKey, DeviceName]) -> None:
         """Ask these workers from the next call on. Raises ExpertUnavailableError for an expert without one."""
@@ -160,26 +208,32 @@ class Dispatcher:
         experts_TK: torch.Tensor,
         scores_E: np.ndarray | None = None,
         meanwhile: Callable[[], None] = nothing,
+        *,
+        step: StepId | None = None,
+        plan: Plan | None = None,
     ) -> torch.Tensor:
         """Unweighted output of every chosen expert, [T, K, H], on the device of ``hidden_TH``.
 
         Args:
             scores_E: mean gate score of every expert in this step, for the workers' eviction.
             meanwhile: done once, when the workers have begun to load.
+            step: the forward that this is for, where orders were sent for it.
+            plan: who was told to load which experts for this layer of it.
         """
         tokens, k = experts_TK.shape
         if tokens > self._max_rows:
             parts = zip(hidden_TH.split(self._max_rows), experts_TK.split(self._max_rows), strict=True)
-            outputs = [self.compute(layer, hidden, experts, scores_E) for hidden, experts in parts]
+            outputs = [self.compute(layer, hidden, experts, scores_E, step=step) for hidden, experts in parts]
             meanwhile()
             return torch.cat(outputs)
         experts_P = experts_TK.reshape(-1).cpu().numpy().astype(np.int32)
-        owner_P = self._owner[layer][experts_P]
+        hand_out = self.fleet is not None
+        owner_P = self._hand_out(layer, experts_P, plan) if hand_out else self._owner[layer][experts_P]
         if tokens == 1:
             rows_P = self._zeros[:k] if k <= len(self._zeros) else np.zeros(k, dtype=np.int32)
             if (owner_P == owner_P[0]).all():
                 call = ExpertCall(
-                    layer=layer, hidden_RH=hidden_TH, experts_P=experts_P, rows_P=rows_P, scores_E=scores_E
+                    layer=layer, hidden_RH=hidden_TH, experts_P=experts_P, rows_P=rows_P, scores_E=scores_E, step=step
                 )
                 return self._ask_one(self._names[owner_P[0]], call, hidden_TH.device, meanwhile).view(1, k, -1)
         else:
@@ -190,8 +244,89 @@ class Dispatcher:
         for start, end in itertools.pairwise(bounds):
             mine_P = order_P[start:end]
             name = self._names[owner_P[mine_P[0]]]
-            calls[name] = (mine_P, subset(layer, hidden_TH, experts_P[mine_P], rows_P[mine_P], scores_E))
+            calls[name] = (mine_P, subset(layer, hidden_TH, experts_P[mine_P], rows_P[mine_P], scores_E, step))
         return self._ask_all(calls, len(experts_P), hidden_TH.device, meanwhile).view(tokens, k, -1)
+
+    def compute_parts(
+        self,
+        layer: int,
+        hidden_TH: torch.Tensor,
+        experts_TK: torch.Tensor,
+        parts: Sequence[tuple[int, np.ndarray]],
+        step: StepId | None,
+        on_answer: OnAnswer,
+    ) -> torch.Tensor:
+        """As ``compute``, split as the caller says. Each part is a message of its own; none waits for another's answer.
+
+        Args:
+            parts: worker of the fleet and pairs (places in ``experts_TK``, flattened), in the order of sending.
+        """
+        tokens, k = experts_TK.shape
+        experts_P = experts_TK.reshape(-1).cpu().numpy().astype(np.int32)
+        rows_P = np.repeat(np.arange(tokens, dtype=np.int32), k)
+        calls = [subset(layer, hidden_TH, experts_P[mine_P], rows_P[mine_P], None, step) for _, mine_P in parts]
+        requests: dict[int, DeviceName] = {}
+        sent: dict[int, tuple[int, float]] = {}
+        answers: dict[int, ExpertAnswer] = {}
+        for number, ((worker, _), call) in enumerate(zip(parts, calls, strict=True)):
+            name = self._names[worker]
+            if name not in self._local:
+                assert self._remote is not None, "a device is either local or remote"
+                request = self._remote.send(name, call)
+                requests[request], sent[request] = name, (number, time.monotonic())
+        for number, ((worker, _), call) in enumerate(zip(parts, calls, strict=True)):
+            local = self._local.get(self._names[worker])
+            if local is not None:
+                answers[number] = local.finish(local.begin(call))
+                on_answer(worker, 0, answers[number], None)
+        if requests:
+            assert self._remote is not None
+            arrived_s: dict[int, float] = {}
+            gathered = self._remote.gather(requests, self._timeout_s, arrived_s)
+            first = {worker: number for number, (worker, _) in reversed(list(enumerate(parts)))}
+            for request, answer in gathered.items():
+                number, sent_s = sent[request]
+                worker, alone = parts[number][0], first[parts[number][0]] == number and not answer.misses
+                answers[number] = answer
+                round_trip_s = arrived_s[request] - sent_s if alone else None
+                on_answer(worker, calls[number].hidden_RH.nbytes, answer, round_trip_s)
+        output_PH = hidden_TH.new_empty((len(experts_P), answers[0].output_PH.shape[1]))
+        for number, answer in answers.items():
+            output_PH[torch.from_numpy(parts[number][1]).to(output_PH.device)] = answer.output_PH.to(output_PH.device)
+            self._account(self._names[parts[number][0]], answer)
+        return output_PH.view(tokens, k, -1)
+
+    def _hand_out(self, layer: int, experts_P: np.ndarray, plan: Plan | None) -> np.ndarray:
+        """The worker of each pair [P], where any owner of its expert may be asked."""
+        assert self.fleet is not None
+        needed_N, index_P = np.unique(experts_P, return_inverse=True)
+        planned = {} if plan is None else dict(zip(plan.experts_N.tolist(), plan.workers_N.tolist(), strict=True))
+        return reassign(needed_N, planned, layer, self.fleet)[index_P]
+
+    def order(self, name: DeviceName, order: LoadOrder) -> None:
+        """Tell a worker which experts to have in its slots when a step comes to a layer. Never waits."""
+        worker = self._local.get(name)
+        if worker is not None:
+            worker.order(order)
+        elif self._remote is not None:
+            self._remote.order(name, order)
+
+    def order_here(self, plan: Plan) -> None:
+        """Tell the workers in this process what a plan of another wants of them."""
+        for worker in np.unique(plan.workers_N).tolist():
+            name = self._names[worker]
+            if name in self._local:
+                mine_N = plan.experts_N[plan.workers_N == worker]
+                self._local[name].order(LoadOrder(step=plan.step, epoch=plan.epoch, layer=plan.layer, experts=mine_N))
+
+    def forget(self, sequence: int) -> None:
+        """Tell the workers of a fleet that a sequence is finished."""
+        for name in self._names if self.fleet is not None else ():
+            worker = self._local.get(name)
+            if worker is not None:
+                worker.forget(sequence)
+            elif self._remote is not None:
+                self._remote.forget(name, sequence)
 
     def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
         """Pass a forecast for a layer to come on to the local owners. Remote ones get theirs from the placement."""
@@ -209,9 +344,11 @@ class Dispatcher:
             answer = worker.finish(begun)
         else:
             assert self._remote is not None, "a device is either local or remote"
+            start_s = time.monotonic()
             request = self._remote.send(name, call)
             meanwhile()
             answer = self._remote.gather({request: name}, self._timeout_s)[request]
+            self._time({name: answer}, start_s)
         self._account(name, answer)
         return answer.output_PH.to(device)
 
@@ -224,6 +361,7 @@ class Dispatcher:
     ) -> torch.Tensor:
         """Send to remote workers first, compute local ones meanwhile, then gather."""
         requests: dict[int, DeviceName] = {}
+        start_s = time.monotonic()
         for name, (_, call) in calls.items():
             if name not in self._local:
                 assert self._remote is not None, "a device is either local or remote"
@@ -234,13 +372,22 @@ class Dispatcher:
         if requests:
             assert self._remote is not None
             gathered = self._remote.gather(requests, self._timeout_s)
-            answers.update({requests[request]: answer for request, answer in gathered.items()})
+            remote = {requests[request]: answer for request, answer in gathered.items()}
+            self._time(remote, start_s)
+            answers.update(remote)
         first = next(iter(answers.values())).output_PH
         output_PH = torch.empty((pairs, first.shape[1]), dtype=first.dtype, device=device)
         for name, answer in answers.items():
             output_PH[torch.from_numpy(calls[name][0]).to(device)] = answer.output_PH.to(device)
             self._account(name, answer)
         return output_PH
+
+    def _time(self, answers: Mapping[DeviceName, ExpertAnswer], start_s: float) -> None:
+        """Tell how long calls were on their way, where none of them waited for a load."""
+        if self.on_round_trip is not None and not any(answer.misses for answer in answers.values()):
+            on_the_way_s = time.monotonic() - start_s - max(answer.compute_s for answer in answers.values())
+            for name in answers:
+                self.on_round_trip(name, max(0.0, on_the_way_s))
 
     def _meanwhile(self, action: Callable[[], None], under_way: list[UnderWay]) -> None:
         """Do something that may ask for a preview of the calls under way."""
@@ -299,11 +446,18 @@ class Dispatcher:
 
 
 def subset(
-    layer: int, hidden_TH: torch.Tensor, experts_P: np.ndarray, rows_P: np.ndarray, scores_E: np.ndarray | None
+    layer: int,
+    hidden_TH: torch.Tensor,
+    experts_P: np.ndarray,
+    rows_P: np.ndarray,
+    scores_E: np.ndarray | None,
+    step: StepId | None = None,
 ) -> ExpertCall:
     """A call with only the rows it needs, renumbered."""
     if hidden_TH.shape[0] == 1:
-        return ExpertCall(layer=layer, hidden_RH=hidden_TH, experts_P=experts_P, rows_P=rows_P, scores_E=scores_E)
+        return ExpertCall(
+            layer=layer, hidden_RH=hidden_TH, experts_P=experts_P, rows_P=rows_P, scores_E=scores_E, step=step
+        )
     needed_R, renumbered_P = np.unique(rows_P, return_inverse=True)
     hidden_RH = (
         hidden_TH if len(needed_R) == hidden_TH.shape[0] else hidden_TH[torch.from_numpy(needed_R).to(hidden_TH.device)]
@@ -314,4 +468,5 @@ def subset(
         experts_P=experts_P,
         rows_P=renumbered_P.astype(np.int32),
         scores_E=scores_E,
+        step=step,
     )

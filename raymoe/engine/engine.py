@@ -6,6 +6,7 @@ chunks. Each step decodes one token of every running request, then admits waitin
 
 import itertools
 import logging
+import secrets
 import threading
 import time
 from collections import deque
@@ -18,7 +19,7 @@ import torch
 from raymoe.config import SchedulingConfig, TrunkConfig
 from raymoe.engine.request import Chunk, SamplingParams, TokenLogprob, Usage
 from raymoe.engine.sampling import Sampler, SamplingDefaults
-from raymoe.engine.scheduler import ExpertScheduler
+from raymoe.engine.scheduler_protocol import Scheduler
 from raymoe.engine.text import Decoder, TextStream
 from raymoe.errors import EngineStoppedError, OverloadedError, RequestError
 from raymoe.model.runner import Runner, SequenceState
@@ -28,6 +29,7 @@ from raymoe.types import Routing
 log = logging.getLogger(__name__)
 
 RequestId = NewType("RequestId", int)
+MOST_IDS = 1 << 30  # first id; forced sequences begin at 2^31
 IDLE_WAIT_S = 0.5  # how often an idle engine looks whether it should stop
 
 OnChunk = Callable[[Chunk | BaseException], None]
@@ -76,12 +78,15 @@ class Engine:
     Args:
         context: most tokens of prompt and answer together; None where the model names no limit.
         end_tokens: the model's ends of sequence.
+
+    Attributes:
+        experts: the say on routing. Another may be put in its place while no request is under way.
     """
 
     def __init__(
         self,
         runner: Runner,
-        experts: ExpertScheduler,
+        experts: Scheduler,
         config: TrunkConfig,
         scheduling: SchedulingConfig,
         *,
@@ -93,7 +98,7 @@ class Engine:
         max_output_tokens: int,
     ) -> None:
         self._runner = runner
-        self._experts = experts
+        self.experts = experts
         self._config = config
         self._tokenizer = tokenizer
         self._defaults = defaults
@@ -101,20 +106,14 @@ class Engine:
         self._context = context
         self._vocabulary = vocabulary
         self._max_output_tokens = max_output_tokens
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(secrets.randbelow(MOST_IDS) + 1)  # workers outlive engines: no id twice
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._wake = threading.Condition()
         self._stopping = False
         self._failure: BaseException | None = None
-        self._totals: dict[str, Any] = {
-            "finished": 0,
-            "failed": 0,
-            "prompt": 0,
-            "completion": 0,
-            "decode_s": 0.0,
-            "steps": 0,
-        }
+        totals = ("finished", "failed", "prompt", "completion", "decode_s", "steps")
+        self._totals: dict[str, Any] = dict.fromkeys(totals, 0)
         self._routing = Routing()
         self._kv_per_token: int | None = None
         self._control: AlphaControl | None = None
@@ -169,7 +168,7 @@ class Engine:
             self._scheduling = scheduling
             self._alpha = scheduling.alpha_of(None)
             self._control = AlphaControl(tpot_budget_s=budget_s, alpha_max=scheduling.alpha_max) if budget_s else None
-            self._experts.reconfigure(scheduling)
+            self.experts.reconfigure(scheduling)
 
     @property
     def failure(self) -> BaseException | None:
@@ -287,29 +286,35 @@ class Engine:
         """One forward pass and one token of a request; an error ends this request only."""
         try:
             start = time.perf_counter()
-            self._experts.alpha = self._alpha if sequence.alpha is None else sequence.alpha
+            self.experts.alpha = self._alpha if sequence.alpha is None else sequence.alpha
             if sequence.state is None:
+                self.experts.begin(sequence.id, sequence.prompt, sequence.sampler.recipe)
                 logits, sequence.state = self._runner.prefill(sequence.prompt)
                 self._totals["prompt"] += len(sequence.prompt)
                 self._check_kv(sequence)
             else:
+                self.experts.read(sequence.id, sequence.answer[-1], sequence.state)
                 logits = self._runner.decode(sequence.state, sequence.answer[-1])
                 took_s = time.perf_counter() - start
                 self._totals["decode_s"] += took_s
                 self._totals["steps"] += 1
                 self._follow_budget(sequence, took_s * len(self._running))
-            cost = self._experts.take_cost()
-            sequence.routing += cost
-            self._routing += cost
+            self._account(sequence)
             token, logprob = sequence.sampler.choose(logits, sequence.prompt, sequence.answer)
             self._totals["completion"] += 1
             self._emit(sequence, token, logprob)
         except Exception as error:  # one request's failure must not take the others down
             log.exception("request %d failed", sequence.id)
-            self._experts.take_cost()
             self._totals["failed"] += 1
             self._remove(sequence)
+            self.experts.take_cost()
             sequence.on_chunk(error)
+
+    def _account(self, sequence: _Sequence) -> None:
+        """What expert calls cost since the last time is this request's."""
+        cost = self.experts.take_cost()
+        sequence.routing += cost
+        self._routing += cost
 
     def _follow_budget(self, sequence: _Sequence, tpot_s: float) -> None:
         """Let alpha follow the budget; requests with an alpha of their own tell nothing about it."""
@@ -355,6 +360,7 @@ class Engine:
         logprob: TokenLogprob | None = None,
     ) -> None:
         self._remove(sequence)
+        self._account(sequence)  # some of it is known only now that the sequence has ended
         self._totals["finished"] += 1
         sequence.on_chunk(
             Chunk(
@@ -379,6 +385,7 @@ class Engine:
                 self._running.remove(sequence)
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
+        self.experts.end(sequence.id)
         sequence.state = None
 
     def _end_all(self, error: BaseException) -> None:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from raymoe.engine.scheduler import ExpertScheduler
+from raymoe.engine.scheduler_protocol import Scheduler
 from raymoe.errors import RequestError
-from raymoe.model.runner import Runner
+from raymoe.model.runner import Runner, SequenceState
 from raymoe.types import Routing
+
+FORCED = 1 << 31  # sequences from here on are forced ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class Forced:
 
 def forced(
     runner: Runner,
-    scheduler: ExpertScheduler,
+    scheduler: Scheduler,
     ids_BT: Sequence[Sequence[int]],
     *,
     prefix: int = 1,
@@ -83,11 +85,12 @@ def forced(
     scheduler.take_cost()  # of whatever ran before
     routing = Routing()
     steps: list[ForcedStep] = []
-    for step in forced_steps(runner, ids_BT, prefix=prefix):
+    for step in forced_steps(runner, ids_BT, prefix=prefix, scheduler=scheduler):
         cost = scheduler.take_cost()
         routing += cost if steps else Routing()
         steps.append(step)
         on_step()
+    routing += scheduler.take_cost()  # what is known only at the end
     return Forced(
         nll_BN=np.stack([step.nll_B for step in steps], axis=1),
         argmax_BN=np.stack([step.argmax_B for step in steps], axis=1),
@@ -97,12 +100,36 @@ def forced(
     )
 
 
-def forced_steps(runner: Runner, ids_BT: Sequence[Sequence[int]], *, prefix: int = 1) -> Iterator[ForcedStep]:
-    """The steps of ``forced`` one by one, for callers that do something between them."""
+def forced_steps(
+    runner: Runner, ids_BT: Sequence[Sequence[int]], *, prefix: int = 1, scheduler: Scheduler | None = None
+) -> Iterator[ForcedStep]:
+    """The steps of ``forced`` one by one, for callers that do something between them.
+
+    Args:
+        scheduler: told how the sequence goes on, as the engine tells it; rows in lockstep are foretold by nobody.
+    """
     rows = [list(row) for row in ids_BT]
     check_rows(rows, prefix)
+    followed = scheduler if len(rows) == 1 else None
+    sequence = FORCED | time.monotonic_ns() & (FORCED - 1)  # like no request's, nor an earlier run's
     start_s = time.perf_counter()
-    logits_BV, decode = begin_rows(runner, [row[:prefix] for row in rows])
+    if followed is not None:
+        followed.begin(sequence, rows[0][:prefix])
+    try:
+        yield from _steps(runner, rows, prefix, start_s, sequence, followed)
+    finally:
+        if followed is not None:
+            followed.end(sequence)
+
+
+def _steps(
+    runner: Runner, rows: list[list[int]], prefix: int, start_s: float, sequence: int, followed: Scheduler | None
+) -> Iterator[ForcedStep]:
+    def before(tokens: list[int], state: SequenceState) -> None:
+        if followed is not None:
+            followed.read(sequence, tokens[0], state)
+
+    logits_BV, decode = begin_rows(runner, [row[:prefix] for row in rows], before)
     for place in range(prefix, len(rows[0])):
         if logits_BV.is_cuda:
             torch.cuda.synchronize(logits_BV.device)
@@ -115,14 +142,29 @@ def forced_steps(runner: Runner, ids_BT: Sequence[Sequence[int]], *, prefix: int
             logits_BV = decode(tokens)
 
 
-def begin_rows(runner: Runner, prompts: list[list[int]]) -> tuple[torch.Tensor, Callable[[list[int]], torch.Tensor]]:
-    """Run the prompts; returns the logits [B, V] after each, and what runs one more token of each."""
-    if len(prompts) > 1:
-        logits_BV, state = runner.prefill_rows(prompts)
-        return logits_BV, lambda tokens: runner.decode_rows(state, tokens)
+def begin_rows(
+    runner: Runner,
+    prompts: list[list[int]],
+    before: Callable[[list[int], SequenceState], None] = lambda tokens, state: None,
+) -> tuple[torch.Tensor, Callable[[list[int]], torch.Tensor]]:
+    """Run the prompts; returns the logits [B, V] after each, and what runs one more token of each.
+
+    Args:
+        before: told of each row's token, and of the state, before they are run.
+    """
     # a single one takes the engine's own way, which every architecture has
-    logits_V, state = runner.prefill(prompts[0])
-    return logits_V.unsqueeze(0), lambda tokens: runner.decode(state, tokens[0]).unsqueeze(0)
+    several = len(prompts) > 1
+    if several:
+        logits_BV, state = runner.prefill_rows(prompts)
+    else:
+        logits_V, state = runner.prefill(prompts[0])
+        logits_BV = logits_V.unsqueeze(0)
+
+    def decode(tokens: list[int]) -> torch.Tensor:
+        before(tokens, state)
+        return runner.decode_rows(state, tokens) if several else runner.decode(state, tokens[0]).unsqueeze(0)
+
+    return logits_BV, decode
 
 
 def judge(logits_BV: torch.Tensor, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,8 @@ V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+import secrets
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from transformers import (
 
 from raymoe.engine.request import SamplingParams, TokenLogprob
 from raymoe.errors import RequestError
+from raymoe.types import SamplingRecipe
+
+MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +47,13 @@ class SamplingDefaults:
 class Sampler:
     """Chooses the tokens of one request.
 
+    The noise of a choice depends on the seed and the number of the choice alone: a shadow with the same recipe that
+    has similar logits makes the same choice most of the time, also where nothing is greedy.
+
     Raises RequestError from the constructor where a parameter is out of range.
+
+    Attributes:
+        recipe: what its choices depend on.
     """
 
     def __init__(self, params: SamplingParams, defaults: SamplingDefaults) -> None:
@@ -69,10 +79,22 @@ class Sampler:
         if not self._greedy:
             self._add_warpers(temperature, top_k, top_p, min_p)
         self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed & (2**63 - 1))
+        self._choices = 0
+        self.recipe = SamplingRecipe(
+            seed=(secrets.randbits(63) if params.seed is None else params.seed) & (2**63 - 1),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition,
+            presence_penalty=self._presence,
+            frequency_penalty=self._frequency,
+        )
+
+    @classmethod
+    def by(cls, recipe: SamplingRecipe) -> "Sampler":
+        """A sampler that chooses as the one with this recipe does."""
+        return cls(SamplingParams(**asdict(recipe)), SamplingDefaults())
 
     def _add_warpers(self, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
         if temperature != 1.0:
@@ -84,8 +106,16 @@ class Sampler:
         if min_p > 0.0:
             self._warpers.append(MinPLogitsWarper(min_p))
 
-    def choose(self, logits_V: torch.Tensor, prompt: list[int], answer: list[int]) -> tuple[int, TokenLogprob | None]:
-        """The next token after ``prompt`` and ``answer``, and its log probability where asked for."""
+    def choose(
+        self, logits_V: torch.Tensor, prompt: list[int], answer: list[int], number: int | None = None
+    ) -> tuple[int, TokenLogprob | None]:
+        """The next token after ``prompt`` and ``answer``, and its log probability where asked for.
+
+        Args:
+            number: of the choice, from 0; omitted: one more than that of the last.
+        """
+        number = self._choices if number is None else number
+        self._choices = number + 1
         scores_1V = logits_V.unsqueeze(0).float().cpu()
         if self._processors:
             scores_1V = self._processors(_ids(prompt, answer), scores_1V)
@@ -97,8 +127,22 @@ class Sampler:
             token = int(scores_1V.argmax())
         else:
             probabilities = torch.softmax(self._warpers(_ids(prompt, answer), scores_1V), dim=-1)
-            token = int(torch.multinomial(probabilities[0], 1, generator=self._generator))
+            token = self._draw(probabilities[0], number)
         return token, None if self._logprobs is None else logprob_of(scores_1V[0], token, self._logprobs)
+
+    def _draw(self, probabilities_V: torch.Tensor, number: int) -> int:
+        """A token by its probability: the largest of ratios to exponential noise, which is how multinomial does it."""
+        self._generator.manual_seed(mixed(self.recipe.seed, number))
+        noise_V = torch.empty_like(probabilities_V).exponential_(generator=self._generator)
+        return int((probabilities_V / noise_V).argmax())
+
+
+def mixed(seed: int, number: int) -> int:
+    """A seed for one choice: neighbouring numbers and seeds give unrelated ones (SplitMix64's finalizer)."""
+    value = (seed + (number + 1) * 0x9E3779B97F4A7C15) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return (value ^ (value >> 31)) >> 1
 
 
 def logprob_of(scores_V: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:

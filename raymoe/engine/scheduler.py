@@ -1,4 +1,4 @@
-"""The engine's say on routing: substitution by residency, forecasts to the workers, and what both cost.
+"""The engine's say on routing by importance: substitution, forecasts to the workers, and what both cost.
 
 Decisions are pure functions of ``raymoe.placement``; here they get what they need (scores from the trunk's routers,
 residency from the dispatcher) and are put into effect, in this process and without asking anybody.
@@ -20,10 +20,11 @@ from raymoe.config import SchedulingConfig
 from raymoe.engine.dispatch import Dispatcher, nothing
 from raymoe.model.router import Router
 from raymoe.model.router_rule import RouterRule
+from raymoe.model.runner import SequenceState
 from raymoe.placement.prefetch import lookahead, wanted
 from raymoe.placement.routing import route
 from raymoe.placement.similarity import Similarity
-from raymoe.types import Routing
+from raymoe.types import Routing, SamplingRecipe
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +127,9 @@ class ExpertScheduler:
         self._decided.decisions += tokens
         router = self._routers[layer]
         chosen_TK = experts_TK.cpu().numpy()
+        scores_TE = self._scores_TE = router.scores_or_weights(chosen_TK, weights_TK)
         if router.rule is None:
-            self._scores_TE = scores_of_the_chosen(chosen_TK, weights_TK, router.experts)
             return experts_TK, weights_TK
-        scores_TE = self._scores_TE = router.scores_of(router.logits_TE)
         alpha_T = per_row(self.alpha, tokens)
         if not (alpha_T if isinstance(alpha_T, float) else alpha_T.any()):
             return experts_TK, weights_TK
@@ -208,6 +208,15 @@ class ExpertScheduler:
 
     # --- what the engine calls --------------------------------------------------------------------------
 
+    def begin(self, sequence: int, prompt: Sequence[int], recipe: SamplingRecipe | None = None) -> None:
+        """A prompt is about to be read. This policy schedules by layers, whatever sequence they belong to."""
+
+    def read(self, sequence: int, token: int, state: SequenceState) -> None:
+        """One more token of a sequence is about to be read."""
+
+    def end(self, sequence: int) -> None:
+        """A sequence is finished."""
+
     def take_cost(self) -> Routing:
         """What steps cost since the last take; also passes residency changes on."""
         decided, self._decided = self._decided, Decided()
@@ -221,13 +230,6 @@ def per_row(alpha: float | np.ndarray, tokens: int) -> np.ndarray | float:
     if isinstance(alpha, float) or len(alpha) == tokens:
         return alpha
     return np.repeat(alpha, tokens // len(alpha))
-
-
-def scores_of_the_chosen(chosen_TK: np.ndarray, weights_TK: torch.Tensor, experts: int) -> np.ndarray:
-    """What is known of gate scores [T, E] where the router's rule is not: the weights of the chosen ones."""
-    scores_TE = np.zeros((len(chosen_TK), experts), dtype=np.float32)
-    np.put_along_axis(scores_TE, chosen_TK, weights_TK.float().cpu().numpy(), axis=1)
-    return scores_TE
 
 
 def reweighted(

@@ -11,19 +11,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from predictor.forecast import Forecast
 from predictor.gate import GateForecast
+from predictor.history import HistoryForecast
 from predictor.resident import Experts, ResidentForecast
+from raymoe.checkpoint.architectures import experts_modules
 from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig, SchedulingConfig
+from raymoe.engine.cacheless import CachelessScheduler
+from raymoe.engine.conductor import Conductor
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
+from raymoe.engine.foresight import Foresight, ShadowLink
 from raymoe.engine.profile import load_similarity
 from raymoe.engine.request import Chunk, Result, SamplingParams, collect
 from raymoe.engine.sampling import SamplingDefaults
 from raymoe.engine.scheduler import ExpertScheduler, OnForecast
+from raymoe.engine.watch import WatchedScheduler
 from raymoe.errors import CheckpointError, RequestError
 from raymoe.experts.build import torch_device
 from raymoe.model.emulation import Emulation
@@ -32,6 +38,7 @@ from raymoe.model.fast import use_native_kernels
 from raymoe.model.runner import Runner
 from raymoe.model.sites import MoeSite, attach_sites
 from raymoe.model.trunk import build_trunk, tokenizer_path
+from raymoe.observe.trace import MAIN, Recording, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +70,7 @@ class ModelService:
     Args:
         dispatcher: where routed experts are computed.
         on_forecast: told of each forecast of routing.
+        link: to the shadow of policy on_demand_shadow, where it has one.
 
     Attributes:
         runner, experts: the trunk, and the say on its routing. They belong to the engine's thread; measurements may
@@ -78,6 +86,7 @@ class ModelService:
         config: ClusterConfig,
         dispatcher: Dispatcher,
         on_forecast: OnForecast | None = None,
+        link: ShadowLink | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = config
@@ -85,21 +94,10 @@ class ModelService:
         if config.trunk.threads is not None:
             torch.set_num_threads(config.trunk.threads)
         self._scheduling = config.scheduling
-        self.experts = experts = ExpertScheduler(
-            dispatcher,
-            config.scheduling,
-            similarity=load_similarity(config.scheduling, checkpoint),
-            on_forecast=on_forecast,
-        )
+        self.experts = experts = self._scheduler(dispatcher, on_forecast, link)
         model = build_trunk(checkpoint, experts, trunk_device)
         native = config.trunk.native_kernels and use_native_kernels(model) > 0
-        if config.scheduling.policy == "importance":
-            sites = attach_sites(model)
-            here = all(device.transport == "local" for device in config.devices)
-            emulation = attach_emulation(model, sites) if here else None
-            if emulation is None and config.scheduling.prefetch == "resident":
-                log.warning('this architecture has no forecast "resident": gates forecast instead')
-            experts.attach([site.router for site in sites], forecasts(sites, emulation, experts))
+        self._attach_forecasts(model)
         self.tokenizer = load_tokenizer(checkpoint)
         raw = generation_config(checkpoint)
         self.defaults = SamplingDefaults.from_generation_config(raw)
@@ -120,6 +118,38 @@ class ModelService:
             max_output_tokens=config.serving.max_output_tokens,
         )
         self._engine.start()
+
+    def _scheduler(
+        self, dispatcher: Dispatcher, on_forecast: OnForecast | None, link: ShadowLink | None
+    ) -> ExpertScheduler | CachelessScheduler:
+        """Whoever has the say on routing and loads, by policy."""
+        config = self.config
+        if config.scheduling.policy == "on_demand_shadow":
+            assert dispatcher.fleet is not None, "this policy hands out experts over a fleet"
+            conductor = Conductor(dispatcher.fleet, dispatcher.devices, dispatcher.order)
+            return CachelessScheduler(dispatcher, Foresight(config.predictor, link), conductor)
+        similarity = load_similarity(config.scheduling, self.checkpoint)
+        return ExpertScheduler(dispatcher, config.scheduling, similarity=similarity, on_forecast=on_forecast)
+
+    def _attach_forecasts(self, model: PreTrainedModel) -> None:
+        """Give the scheduler the forecasts that this process makes, where it has a use for them."""
+        config, experts = self.config, self.experts
+        kind = config.predictor_kind
+        if config.scheduling.policy != "importance" and kind in (None, "shadow"):
+            return
+        sites = attach_sites(model)
+        routers = [site.router for site in sites]
+        here = all(device.transport == "local" for device in config.devices)
+        emulation = attach_emulation(model, sites) if here else None
+        if emulation is None and "resident" in (kind, config.scheduling.prefetch):
+            log.warning('this architecture has no forecast "resident": gates forecast instead')
+        known = forecasts(sites, emulation, experts)
+        if isinstance(experts, ExpertScheduler):
+            experts.attach(routers, known)
+        elif kind == "history":
+            experts.attach(routers, history=HistoryForecast(len(routers), max(router.experts for router in routers)))
+        elif kind is not None:
+            experts.attach(routers, known[kind])
 
     # --- asking -----------------------------------------------------------------------------------------
 
@@ -219,13 +249,22 @@ class ModelService:
         """Counts and totals of the engine."""
         return self._engine.report()
 
+    def trace(self, on: bool) -> Recording | None:
+        """Begin to record what the trunk does; or end it, which returns what was recorded. While no request runs."""
+        before = self._engine.experts
+        experts = WatchedScheduler(self.experts, self.experts, Tracer(MAIN)) if on else self.experts
+        self._engine.experts = experts
+        for _, module in experts_modules(self.runner.model):
+            module.raymoe_backend = experts
+        return before.tracer.recording() if isinstance(before, WatchedScheduler) else None
+
     def reconfigure(self, scheduling: SchedulingConfig) -> None:
         """Schedule by other settings from the next step on.
 
         Raises ConfigError where the profile can't be used, or the devices can't do it.
         """
         config = self.config.rescheduled(scheduling)
-        if scheduling.similarity != self._scheduling.similarity:
+        if scheduling.similarity != self._scheduling.similarity and isinstance(self.experts, ExpertScheduler):
             self.experts.similarity = load_similarity(scheduling, self.checkpoint)
         self.config = config
         self._scheduling = scheduling

@@ -12,7 +12,7 @@ import numpy as np
 
 from raymoe.config import SchedulingConfig
 from raymoe.engine.forced import Forced, forced
-from raymoe.engine.scheduler import ExpertScheduler
+from raymoe.engine.scheduler_protocol import Scheduler
 from raymoe.errors import ConfigError
 from raymoe.model.runner import Runner
 from raymoe.placement.alpha import TpotFit, fit_tpot
@@ -81,7 +81,7 @@ def alphas_to_measure(scheduling: SchedulingConfig) -> list[float]:
 
 def tune(
     runner: Runner,
-    scheduler: ExpertScheduler,
+    scheduler: Scheduler,
     sequences: Sequence[Sequence[int]],
     scheduling: SchedulingConfig,
     budget_s: float,

@@ -9,6 +9,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from raymoe.types import StepId
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCall:
@@ -20,6 +22,7 @@ class ExpertCall:
         experts_P: int32, the expert of each pair, in any order; equal ones together are computed together.
         rows_P: int32, the row of each pair.
         scores_E: float32 mean gate score of every expert in this step, or None; feeds eviction by score.
+        step: the forward that asks; None where nothing was ordered for it.
     """
 
     layer: int
@@ -27,6 +30,25 @@ class ExpertCall:
     experts_P: np.ndarray
     rows_P: np.ndarray
     scores_E: np.ndarray | None = None
+    step: StepId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOrder:
+    """Experts that one worker shall have in its slots when a step comes to a layer.
+
+    Attributes:
+        step: the forward that will use them.
+        epoch: how often the forecasts of the sequence have begun anew. A higher one makes void what lower ones ordered
+            for this step and later ones.
+        layer: MoE layer.
+        experts: int32, those of this worker.
+    """
+
+    step: StepId
+    epoch: int
+    layer: int
+    experts: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +62,8 @@ class ExpertAnswer:
         loads, bytes_loaded: experts whose way over the link began in this call, or since the call before.
         loaded: int32 expert ids (layer * 2**16 + expert) that became resident since the last answer.
         evicted: likewise, that ceased to be.
-        load_s: seconds for which one expert lately kept the link busy; None where nothing came or went.
+        load_s: seconds for which one expert lately kept the link busy; None where nothing was loaded yet.
+        compute_s: seconds of computing these pairs, without waiting for loads.
     """
 
     output_PH: torch.Tensor
@@ -52,6 +75,7 @@ class ExpertAnswer:
     loaded: tuple[int, ...] = ()
     evicted: tuple[int, ...] = ()
     load_s: float | None = None
+    compute_s: float = 0.0
 
 
 LAYER_SHIFT = 16

@@ -22,6 +22,7 @@ from raymoe.experts.link import Link
 log = logging.getLogger(__name__)
 
 ON_DEMAND, PREFETCH = 0, 1
+CANCELLED = ON_DEMAND - 1  # before all others, for a slot waits for its end
 
 
 class Ticket(Protocol):
@@ -49,14 +50,27 @@ class Ticket(Protocol):
         """Seconds for which the link was busy with it, once done; None where that is not known yet."""
         ...
 
+    def span_s(self) -> tuple[float, float] | None:
+        """When it began and ended on the link, by ``time.perf_counter``; None where it never began or is not done."""
+        ...
+
 
 class Loader(Protocol):
-    """Starts loads; they finish by themselves."""
+    """Starts loads; they finish by themselves.
+
+    Attributes:
+        on_idle: to be called when nothing is left to load, or a cancelled load has ended before its time. Loaders that
+            can't tell never call it.
+    """
 
     on_idle: Callable[[], None]
 
     def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> Ticket:
         """Begin to move ``source`` into ``target``."""
+        ...
+
+    def set_clock(self) -> None:
+        """Compare clocks now, so that loads begun from now on can tell exactly when they took place."""
         ...
 
     def close(self) -> None:
@@ -75,6 +89,8 @@ class ThreadTicket:
     error: BaseException | None = None
     cancelled: bool = False
     busy_s: float = 0.0
+    began_s: float | None = None
+    ended_s: float = 0.0
 
     def is_done(self) -> bool:
         """Whether the thread is through with it."""
@@ -87,17 +103,24 @@ class ThreadTicket:
 
     def hurry(self) -> None:
         """Overtake prefetches from the next piece on."""
-        if self.priority != ON_DEMAND:
+        if self.priority > ON_DEMAND:
             self.priority = ON_DEMAND
             self.requeue(self)
 
     def cancel(self) -> None:
-        """End it before its next piece."""
-        self.cancelled = True
+        """End it before its next piece, and before that of any other load."""
+        if not self.cancelled:
+            self.cancelled = True
+            self.priority = CANCELLED
+            self.requeue(self)
 
     def link_s(self) -> float | None:
         """Seconds on the link."""
         return self.busy_s if self.done.is_set() and self.error is None else None
+
+    def span_s(self) -> tuple[float, float] | None:
+        """From its first piece to its last; urgent loads may have come between."""
+        return (self.began_s, self.ended_s) if self.done.is_set() and self.began_s is not None else None
 
     def advance(self) -> bool:
         """Move the next piece; returns whether that was all. Errors end the load, and are kept."""
@@ -105,6 +128,8 @@ class ThreadTicket:
         try:
             if self.cancelled:
                 raise LoadCancelledError("the load was cancelled")
+            if self.began_s is None:
+                self.began_s = start
             next(self.pieces)
         except StopIteration:
             pass
@@ -113,7 +138,8 @@ class ThreadTicket:
         else:
             self.busy_s += time.perf_counter() - start
             return False
-        self.busy_s += time.perf_counter() - start
+        self.ended_s = time.perf_counter()
+        self.busy_s += self.ended_s - start
         self.done.set()
         return True
 
@@ -122,7 +148,7 @@ class ThreadLoader:
     """One thread, one link, a queue by priority then arrival.
 
     Attributes:
-        on_idle: called on the loader's thread when nothing is left to load.
+        on_idle: called on the loader's thread when nothing is left to load, and after each cancelled load.
     """
 
     def __init__(self, link: Link, name: str) -> None:
@@ -138,6 +164,9 @@ class ThreadLoader:
         ticket = ThreadTicket(self._link.pieces(source, target, nbytes), priority, self._put)
         self._put(ticket)
         return ticket
+
+    def set_clock(self) -> None:
+        """Nothing: the thread reads the clock itself."""
 
     def close(self) -> None:
         """Stop the thread after what is queued now."""
@@ -155,7 +184,7 @@ class ThreadLoader:
             # one that had to hurry was queued twice, and may be done by now
             if not ticket.is_done() and not ticket.advance():
                 self._queue.put((ticket.priority, order, ticket))  # after each piece, so that urgent loads overtake
-            elif self._queue.empty():
+            elif ticket.cancelled or self._queue.empty():
                 try:
                     self.on_idle()
                 except Exception:  # loads must go on
@@ -169,6 +198,7 @@ class CudaTicket:
     begin: torch.cuda.Event
     end: torch.cuda.Event
     stream_of: torch.device
+    clock: "CudaClock | None" = None
     error: BaseException | None = None
 
     def is_done(self) -> bool:
@@ -189,6 +219,23 @@ class CudaTicket:
         """Seconds between the copy's beginning and end on the device."""
         return self.begin.elapsed_time(self.end) / 1e3 if self.end.query() else None
 
+    def span_s(self) -> tuple[float, float] | None:
+        """When the copy took place on the device; None where clocks were not compared before."""
+        if self.clock is None or not self.end.query():
+            return None
+        begin_s, end_s = (
+            self.clock.at_s + self.clock.event.elapsed_time(event) / 1e3 for event in (self.begin, self.end)
+        )
+        return begin_s, end_s
+
+
+@dataclass(frozen=True, slots=True)
+class CudaClock:
+    """An event on a device, and when it happened by ``time.perf_counter``."""
+
+    event: torch.cuda.Event
+    at_s: float
+
 
 class CudaLoader:
     """Copies from pinned host memory on streams of its own; on-demand loads go before prefetches."""
@@ -196,6 +243,7 @@ class CudaLoader:
     def __init__(self, device: torch.device) -> None:
         self.on_idle: Callable[[], None] = lambda: None
         self._device = device
+        self._clock: CudaClock | None = None
         least, greatest = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]
         self._streams = {
             ON_DEMAND: torch.cuda.Stream(device, priority=greatest),
@@ -212,7 +260,16 @@ class CudaLoader:
             for name, tensor in target.items():
                 tensor.copy_(source[name], non_blocking=True)
             end.record(stream)
-        return CudaTicket(begin, end, self._device)
+        return CudaTicket(begin, end, self._device, self._clock)
+
+    def set_clock(self) -> None:
+        """Wait for an event of the device, and note when it happened."""
+        stream = self._streams[ON_DEMAND]
+        stream.synchronize()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        event.synchronize()
+        self._clock = CudaClock(event, time.perf_counter())
 
     def close(self) -> None:
         """Wait for copies in flight."""

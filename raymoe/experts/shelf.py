@@ -1,72 +1,31 @@
-"""The slots for experts of one shape, with the loads into them: memory, residency and loader in one owner.
+"""Slots as a cache: experts stay as long as nobody of more worth wants their slot. See ``Keeper`` for the worth.
 
-Serialised by one lock, since prefetch orders come from another thread than layer calls, and the loader asks for the
-next order on its own. P pairs, E experts.
+P pairs, E experts.
 """
 
 import math
-import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 
-from raymoe.errors import LoadCancelledError
+from raymoe.experts.bay import LOAD_TIMEOUT_S, SLOT_WAIT_S, Bay, Step
 from raymoe.experts.call import expert_id, layer_and_expert
 from raymoe.experts.costs import Cost
 from raymoe.experts.host_store import HostStore
-from raymoe.experts.loader import ON_DEMAND, PREFETCH, Loader, Ticket
+from raymoe.experts.loader import ON_DEMAND, PREFETCH, Loader
 from raymoe.experts.orders import Orders
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.placement.eviction import prefetch_is_welcome
 from raymoe.placement.host_assist import fastest_split
 from raymoe.placement.keeping import Keeper
+from raymoe.types import StepId
 
-LOAD_TIMEOUT_S = 600.0  # a guard against a dead loader; deadlines of calls are the client's
 MOST_HOST_ROWS = 16  # of a step; the cost of an expert on the host is known for few rows, prompts have hundreds
-SLOT_WAIT_S = 1e-4  # while every slot is taken by prefetches in flight
 
 
-@dataclass(slots=True)
-class ShelfCounters:
-    """Totals since the start; pairs are (row, expert). ``prefetches_late`` were ordered but never begun."""
-
-    hits: int = 0
-    misses: int = 0
-    hosted: int = 0
-    loads: int = 0
-    bytes_loaded: int = 0
-    evictions: int = 0
-    prefetches: int = 0
-    prefetches_refused: int = 0
-    prefetches_late: int = 0
-
-
-@dataclass(slots=True)
-class Step:
-    """One layer call in progress.
-
-    Attributes:
-        slots_P: slot of each pair that was ready when the call came, else -1.
-        waiting: ids that still wait for a slot; arriving: those under way into one.
-        hosted: ids to compute on the host.
-    """
-
-    layer: int
-    slots_P: np.ndarray
-    waiting: deque[int]
-    arriving: deque[int]
-    hosted: tuple[int, ...] = ()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether every expert was there from the start."""
-        return not (self.waiting or self.arriving or self.hosted)
-
-
-class Shelf:
-    """Slots, who is in them, and loads under way.
+class Shelf(Bay):
+    """Slots that cache experts by what they are worth.
 
     Attributes:
         split: how misses are shared between link and host (``fastest_split``, or the published walk).
@@ -83,29 +42,17 @@ class Shelf:
         *,
         host_cost: Cost | None = None,
     ) -> None:
-        self.pool = pool
-        self.residency = residency
+        super().__init__(pool, residency, loader, store, expert_bytes)
         self.keeper = keeper
-        self.counters = ShelfCounters()
-        self.expert_bytes = expert_bytes
-        self.load_cost = Cost()
         self.host_cost = host_cost
         self.split = fastest_split
-        self._loader = loader
-        self._store = store
-        self._lock = threading.Lock()
-        self._tickets: dict[int, Ticket] = {}
-        self._started_s: dict[int, float] = {}
-        self._failed: dict[int, BaseException] = {}
         self._orders = Orders()
-        self._loaded: list[int] = []
-        self._evicted: list[int] = []
-        self._told_loads = 0
-        self._step: Step | None = None
 
     # --- a layer call -----------------------------------------------------------------------------------
 
-    def begin_step(self, layer: int, experts_P: np.ndarray, rows: int, scores_E: np.ndarray | None) -> Step:
+    def begin_step(
+        self, layer: int, experts_P: np.ndarray, rows: int, scores_E: np.ndarray | None, step: StepId | None = None
+    ) -> Step:
         """Shield what the call needs, start loading what is missing, and say what the host shall compute."""
         with self._lock:
             self.residency.unshield(slice(None))  # a call that was begun and never finished shields nothing any more
@@ -117,20 +64,19 @@ class Shelf:
             slots_P = self.residency.ready_slot_LE[layer][experts_P]
             ready_P = slots_P >= 0
             hits = int(np.count_nonzero(ready_P))
-            self.counters.hits += hits
-            self.counters.misses += len(experts_P) - hits
+            self._count(len(experts_P), hits)
             if hits == len(experts_P):
                 self.residency.use(slots_P)
                 self._step = Step(layer, slots_P, deque(), deque())
                 return self._step
             self.residency.use(slots_P[ready_P])
             absent = np.unique(experts_P[~ready_P])
-            step = self._step = self._split(layer, slots_P, absent, scores_E, rows <= MOST_HOST_ROWS)
-            for identifier in step.arriving:
+            begun = self._step = self._split(layer, slots_P, absent, scores_E, rows <= MOST_HOST_ROWS)
+            for identifier in begun.arriving:
                 self._tickets[identifier].hurry()
-            self.residency.use([self.residency.slot_of[identifier] for identifier in step.arriving])
-            self._load_waiting(step)
-            return step
+            self.residency.use([self.residency.slot_of[identifier] for identifier in begun.arriving])
+            self._load_waiting(begun)
+            return begun
 
     def next_arrival(self, step: Step) -> tuple[int, int] | None:
         """Wait for the next missing expert: (expert id, slot); None when all were delivered."""
@@ -171,15 +117,6 @@ class Shelf:
                 self._settle()
             self._prefetch_next()
 
-    def take_changes(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-        """Ids that are here now and were not at the last take, the reverse, and the loads since then."""
-        with self._lock:
-            changes = tuple(self._loaded), tuple(self._evicted)
-            self._loaded, self._evicted = [], []
-            loads = self.counters.loads - self._told_loads
-            self._told_loads = self.counters.loads
-            return *changes, loads
-
     # --- outside of calls -------------------------------------------------------------------------------
 
     def load(self, identifier: int) -> None:
@@ -210,18 +147,6 @@ class Shelf:
         with self._lock:
             self._settle()
             self._prefetch_next()
-
-    def ready(self, layer: int) -> np.ndarray:
-        """Bool per expert of the layer: whether it can be computed now."""
-        with self._lock:
-            if self._tickets:
-                self._settle()
-            return self.residency.ready_slot_LE[layer] >= 0
-
-    def resident(self) -> list[int]:
-        """Ids of all experts in slots or on their way into one."""
-        with self._lock:
-            return sorted(self.residency.slot_of)
 
     def replace_keeper(self, keeper: Keeper) -> None:
         """Judge by other values from now on."""
@@ -309,53 +234,6 @@ class Shelf:
             return False
         slot, evicted = claimed
         if evicted is not None:
-            _note(evicted, self._evicted, self._loaded)
-            self.counters.evictions += 1
-        source = self._store.experts[identifier]
-        self._tickets[identifier] = self._loader.start(source, self.pool.slots[slot], self.expert_bytes, priority)
-        self._started_s[identifier] = time.perf_counter()
-        self._failed.pop(identifier, None)
+            self._note_evicted(evicted)
+        self._start_load(identifier, slot, priority)
         return True
-
-    def _settle(self) -> None:
-        """Take note of loads that have finished; a failed one frees its slot, its error comes up on demand."""
-        for identifier, ticket in list(self._tickets.items()):
-            if ticket.is_done():
-                self._land(identifier, ticket)
-
-    def _land(self, identifier: int, ticket: Ticket) -> None:
-        del self._tickets[identifier], self._started_s[identifier]
-        slot = self.residency.slot_of[identifier]
-        if ticket.error is None:
-            self.residency.mark_ready(slot)
-            self.counters.loads += 1
-            self.counters.bytes_loaded += self.expert_bytes
-            _note(identifier, self._loaded, self._evicted)
-            seconds = ticket.link_s()
-            if seconds is not None:
-                self.load_cost.add(seconds)
-        else:
-            self.residency.abandon(slot)
-            if not isinstance(ticket.error, LoadCancelledError):
-                self._failed[identifier] = ticket.error
-
-    # --- the caller does not hold the lock --------------------------------------------------------------
-
-    def _finish(self, identifier: int) -> None:
-        while (ticket := self._tickets.get(identifier)) is not None:
-            ticket.wait(LOAD_TIMEOUT_S)
-            with self._lock:
-                if self._tickets.get(identifier) is ticket:
-                    self._land(identifier, ticket)
-        with self._lock:
-            error = self._failed.pop(identifier, None)
-        if error is not None:
-            raise error
-
-
-def _note(identifier: int, gained: list[int], lost: list[int]) -> None:
-    """Add a change to ``gained``, unless it only undoes one in ``lost``: what came and went is no change."""
-    if identifier in lost:
-        lost.remove(identifier)
-    else:
-        gained.append(identifier)

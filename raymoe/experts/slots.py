@@ -76,6 +76,11 @@ class Residency:
         self._step = 0
         self._free = list(range(count - 1, -1, -1))
 
+    @property
+    def has_free(self) -> bool:
+        """Whether a claim would empty no slot."""
+        return bool(self._free)
+
     def find(self, expert: int) -> int | None:
         """The slot that holds ``expert`` or is loading it."""
         return self.slot_of.get(expert)
@@ -146,7 +151,7 @@ class Residency:
         self.ready_slot_LE.reshape(-1)[self.place_S[slot]] = slot
 
     def abandon(self, slot: int) -> None:
-        """The load into ``slot`` failed: it is free again."""
+        """The slot is free again: its load failed, or its expert leaves."""
         expert = self.expert_in[slot]
         if expert is not None:
             self._forget(expert)

@@ -7,7 +7,7 @@ come from other threads.
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -16,42 +16,22 @@ from torch import nn
 from raymoe.checkpoint.checkpoint import MoeLayer
 from raymoe.config import SchedulingConfig
 from raymoe.errors import CapacityError, ExpertUnavailableError
-from raymoe.experts.call import ExpertAnswer, ExpertCall, expert_id, layer_and_expert
+from raymoe.experts.bay import Bay, Counters, Step
+from raymoe.experts.bays import make_bays
+from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder, expert_id, layer_and_expert
 from raymoe.experts.compute import LayerCompute, WeightTable
+from raymoe.experts.conveyor import Conveyor
 from raymoe.experts.costs import Cost
 from raymoe.experts.host_store import HostStore, ReadExpert
 from raymoe.experts.link import EmulatedLink, Link, MemoryLink
 from raymoe.experts.loader import CudaLoader, Loader, ThreadLoader
-from raymoe.experts.shelf import Shelf, ShelfCounters, Step
-from raymoe.experts.slots import Residency, SlotPool
+from raymoe.experts.report import WorkerReport
+from raymoe.experts.shelf import Shelf
+from raymoe.experts.watch import CallWatch
 from raymoe.kernels.native import NativeKernels
+from raymoe.observe.trace import Recording, Tracer
 from raymoe.placement.keeping import Keeper
 from raymoe.types import ExpertKey
-
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerReport:
-    """What a worker says of itself; sizes in bytes, ``resident`` as (layer, expert)."""
-
-    name: str
-    emulated_link: bool
-    slot_budget_bytes: int | None
-    peak_slot_bytes: int
-    host_bytes: int
-    owned: int
-    resident: tuple[tuple[int, int], ...]
-    calls: int
-    hits: int
-    misses: int
-    hosted: int
-    loads: int
-    bytes_loaded: int
-    evictions: int
-    prefetches: int
-    prefetches_refused: int
-    prefetches_late: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,12 +41,14 @@ class Begun:
     Attributes:
         step: None where experts need no slots.
         early_PH: outputs of the pairs that needed no load, once somebody has asked for them.
+        compute_s: seconds of computing so far.
     """
 
     call: ExpertCall
     start_s: float
     step: Step | None
     early_PH: torch.Tensor | None = None
+    compute_s: float = 0.0
 
     @property
     def ready_P(self) -> np.ndarray:
@@ -87,7 +69,7 @@ class ExpertWorker:
             a link, and elsewhere gives every owned expert a slot.
         link: how experts reach the slots on a CPU; None is a plain copy.
         kernels: native kernels, or None to compute with torch.
-        scheduling: how to evict, and whether to prefetch and to compute on the host.
+        scheduling: whether slots cache, how they evict, and whether to prefetch and to compute on the host.
     """
 
     def __init__(
@@ -117,10 +99,11 @@ class ExpertWorker:
         self._tables = [WeightTable(layer.num_experts) for layer in layers]
         self._owns_all = False
         self._owned = [np.zeros(layer.num_experts, dtype=bool) for layer in layers]
-        self._shelves: list[Shelf] = []
-        self._shelf_of_layer: list[int] = []
-        self._direct = ShelfCounters()
+        self._bays: list[Bay] = []
+        self._bay_of_layer: list[int] = []
+        self._direct = Counters()
         self._calls = 0
+        self._watch: CallWatch | None = None
         self._scheduling = scheduling or SchedulingConfig()
         self._host_computes = self._computes
         if device.type == "cuda":
@@ -139,7 +122,7 @@ class ExpertWorker:
         Raises CapacityError where the slot budget is less than one expert.
         """
         keys = list(keys)
-        if self.has_slots and not self._shelves and keys:
+        if self.has_slots and not self._bays and keys:
             self._make_slots(keys)
         self.store.load(keys, progress)
         for key in keys:
@@ -152,7 +135,7 @@ class ExpertWorker:
         """Bring every owned expert into a slot. Raises CapacityError where the budget is too small."""
         if not self.has_slots:
             return
-        room = sum(shelf.pool.count for shelf in self._shelves)
+        room = sum(bay.pool.count for bay in self._bays)
         if room < len(self.store.experts):
             raise CapacityError(
                 f'device "{self.name}": policy "all_resident" needs slots for {len(self.store.experts)} experts '
@@ -160,23 +143,22 @@ class ExpertWorker:
                 'raise slot_memory, add devices, or use policy "on_demand"'
             )
         for identifier in sorted(self.store.experts):
-            self._shelf(identifier).load(identifier)
+            self._bay(layer_and_expert(identifier)[0]).load(identifier)
 
     def _make_slots(self, keys: list[ExpertKey]) -> None:
-        signatures: list[Shapes] = [tuple(sorted(layer.shapes.items())) for layer in self.layers]
-        kinds = list(dict.fromkeys(signatures))
-        self._shelf_of_layer = [kinds.index(signature) for signature in signatures]
-        counts = [sum(self._shelf_of_layer[key.layer] == kind for key in keys) for kind in range(len(kinds))]
-        sizes = [sum(torch.Size(shape).numel() for _, shape in kind) * self.dtype.itemsize for kind in kinds]
         on_cuda = self.device.type == "cuda"
         self._loader = CudaLoader(self.device) if on_cuda else ThreadLoader(self._link, self.name)
-        experts = max(layer.num_experts for layer in self.layers)
-        slots = share_slots(self.name, self.slot_budget_bytes, sizes, counts)
-        for kind, (shape, count, size) in enumerate(zip(kinds, slots, sizes, strict=True)):
-            pool = SlotPool(dict(shape), count, self.dtype, self.device)
-            sharing = len({key.layer for key in keys if self._shelf_of_layer[key.layer] == kind})
-            residency = Residency(count, len(self.layers), experts, max(1, sharing))
-            self._shelves.append(Shelf(pool, residency, self._loader, self.store, size, self._new_keeper()))
+        self._bays, self._bay_of_layer = make_bays(
+            name=self.name,
+            layers=self.layers,
+            keys=keys,
+            budget_bytes=self.slot_budget_bytes,
+            dtype=self.dtype,
+            device=self.device,
+            loader=self._loader,
+            store=self.store,
+            new_keeper=None if self._scheduling.policy == "on_demand_shadow" else self._new_keeper,
+        )
         self._loader.on_idle = self._on_idle
 
     def _new_keeper(self) -> Keeper:
@@ -250,8 +232,12 @@ class ExpertWorker:
         start_s = time.perf_counter()
         if not self.has_slots:
             return Begun(call=call, start_s=start_s, step=None)
-        shelf = self._shelves[self._shelf_of_layer[call.layer]]
-        step = shelf.begin_step(call.layer, call.experts_P, call.hidden_RH.shape[0], call.scores_E)
+        bay = self._bay(call.layer)
+        step = bay.begin_step(call.layer, call.experts_P, call.hidden_RH.shape[0], call.scores_E, call.step)
+        if call.step is not None:
+            for other in self._conveyors:
+                if other is not bay:
+                    other.pass_by(call.step, call.layer)
         return Begun(call=call, start_s=start_s, step=step)
 
     @torch.inference_mode()
@@ -260,7 +246,8 @@ class ExpertWorker:
         call = begun.call
         if begun.step is None:
             self._direct.hits += len(call.experts_P)
-            return ExpertAnswer(output_PH=self._ready_output(begun), hits=len(call.experts_P))
+            output_PH = self._ready_output(begun)
+            return ExpertAnswer(output_PH=output_PH, hits=len(call.experts_P), compute_s=begun.compute_s)
         return self._finish_in_slots(begun, begun.step)
 
     @torch.inference_mode()
@@ -282,15 +269,19 @@ class ExpertWorker:
             hidden_RH = call.hidden_RH.to(self.device)
             table, index_P, rows_P = self._tables[call.layer], call.experts_P, call.rows_P
             if step is not None:
-                table, index_P = self._shelves[self._shelf_of_layer[call.layer]].pool.table, step.slots_P
+                table, index_P = self._bay(call.layer).pool.table, step.slots_P
                 if not step.is_ready:
                     index_P, rows_P = index_P[begun.ready_P], rows_P[begun.ready_P]
+            computing_s = time.perf_counter()
             begun.early_PH = self._computes[call.layer](table, index_P, hidden_RH, rows_P)
+            begun.compute_s += time.perf_counter() - computing_s
+            if self._watch is not None:
+                self._watch.computed(call, call.experts_P[begun.ready_P], computing_s, "hit")
         return begun.early_PH
 
     def _finish_in_slots(self, begun: Begun, step: Step) -> ExpertAnswer:
         call = begun.call
-        shelf = self._shelves[self._shelf_of_layer[call.layer]]
+        bay = self._bay(call.layer)
         hidden_RH = call.hidden_RH.to(self.device)
         hosted = 0
         try:
@@ -298,15 +289,15 @@ class ExpertWorker:
                 output_PH = self._ready_output(begun)
             else:
                 output_PH = hidden_RH.new_empty((len(call.experts_P), hidden_RH.shape[1]))
-                self._take_ready(shelf, begun, step, output_PH)
+                self._take_ready(bay, begun, step, output_PH)
                 hosted = self._compute_on_host(call, step, output_PH)
-                self._compute_arrivals(shelf, call, step, hidden_RH, output_PH)
+                self._compute_arrivals(bay, begun, step, hidden_RH, output_PH)
                 if step.hosted and isinstance(self._link, EmulatedLink):
                     self._link.until(begun.start_s + len(step.hosted) * (self._link.host_s or 0.0))
         finally:
-            shelf.end_step()
-        loaded, evicted, loads = shelf.take_changes()
-        shelf.counters.hosted += hosted
+            bay.end_step()
+        loaded, evicted, loads = bay.take_changes()
+        bay.counters.hosted += hosted
         hits = int(np.count_nonzero(step.slots_P >= 0))
         return ExpertAnswer(
             output_PH=output_PH,
@@ -314,17 +305,18 @@ class ExpertWorker:
             misses=len(step.slots_P) - hits,
             hosted=hosted,
             loads=loads,
-            bytes_loaded=loads * shelf.expert_bytes,
+            bytes_loaded=loads * bay.expert_bytes,
             loaded=loaded,
             evicted=evicted,
-            load_s=shelf.load_cost.mean_s if loaded or evicted else None,
+            load_s=bay.load_cost.mean_s,
+            compute_s=begun.compute_s,
         )
 
-    def _take_ready(self, shelf: Shelf, begun: Begun, step: Step, output_PH: torch.Tensor) -> None:
+    def _take_ready(self, bay: Bay, begun: Begun, step: Step, output_PH: torch.Tensor) -> None:
         ready_P = np.flatnonzero(begun.ready_P)
         if ready_P.size:
             output_PH[torch.from_numpy(ready_P)] = self._ready_output(begun)
-            shelf.release(step, np.unique(step.slots_P[ready_P]).tolist())
+            bay.release(step, np.unique(step.slots_P[ready_P]).tolist())
 
     def _compute_on_host(self, call: ExpertCall, step: Step, output_PH: torch.Tensor) -> int:
         """Compute the step's hosted experts from host memory; returns how many pairs that were."""
@@ -337,23 +329,35 @@ class ExpertWorker:
         output = self._host_computes[call.layer](
             self._tables[call.layer], call.experts_P[mine_P], call.hidden_RH.cpu(), call.rows_P[mine_P]
         )
-        cost = self._shelves[self._shelf_of_layer[call.layer]].host_cost
+        if self._watch is not None:
+            self._watch.computed(call, call.experts_P[mine_P], start, "hosted")
+        bay = self._bay(call.layer)
+        cost = bay.host_cost if isinstance(bay, Shelf) else None
         if cost is not None and not self._link.emulated and len(mine_P) == len(step.hosted):
             cost.add((time.perf_counter() - start) / len(step.hosted))
         output_PH[torch.from_numpy(mine_P).to(output_PH.device)] = output.to(output_PH.device)
         return len(mine_P)
 
     def _compute_arrivals(
-        self, shelf: Shelf, call: ExpertCall, step: Step, hidden_RH: torch.Tensor, output_PH: torch.Tensor
+        self, bay: Bay, begun: Begun, step: Step, hidden_RH: torch.Tensor, output_PH: torch.Tensor
     ) -> None:
-        while (arrived := shelf.next_arrival(step)) is not None:
+        call = begun.call
+        waiting_s = time.perf_counter()
+        while (arrived := bay.next_arrival(step)) is not None:
             identifier, slot = arrived
+            if self._watch is not None:
+                self._watch.waited(call, layer_and_expert(identifier)[1], waiting_s)
             mine_P = np.flatnonzero(call.experts_P == layer_and_expert(identifier)[1])
             index_P = np.full(len(mine_P), slot, dtype=np.int32)
+            computing_s = time.perf_counter()
             output_PH[torch.from_numpy(mine_P)] = self._computes[call.layer](
-                shelf.pool.table, index_P, hidden_RH, call.rows_P[mine_P]
+                bay.pool.table, index_P, hidden_RH, call.rows_P[mine_P]
             )
-            shelf.release(step, [slot])
+            waiting_s = time.perf_counter()
+            begun.compute_s += waiting_s - computing_s
+            if self._watch is not None:
+                self._watch.computed(call, call.experts_P[mine_P], computing_s, "miss")
+            bay.release(step, [slot])
 
     # --- outside of calls -------------------------------------------------------------------------------
 
@@ -362,47 +366,81 @@ class ExpertWorker:
 
         Experts that are not in this worker's shard are ignored.
         """
-        if not self.has_slots or not self._shelves or not 0 <= layer < len(self.layers):
+        bay = self._bay(layer) if self._bays and 0 <= layer < len(self.layers) else None
+        if not isinstance(bay, Shelf):
             return
-        shelf = self._shelves[self._shelf_of_layer[layer]]
         if self._owns_all and experts.min(initial=0) >= 0 and experts.max(initial=0) < self.layers[layer].num_experts:
-            shelf.expect(layer, experts, worth)
+            bay.expect(layer, experts, worth)
             return
         mine = (experts >= 0) & (experts < self.layers[layer].num_experts)
         mine[mine] &= self._owned[layer][experts[mine]]
-        shelf.expect(layer, experts[mine], worth[mine])
+        bay.expect(layer, experts[mine], worth[mine])
+
+    def order(self, order: LoadOrder) -> None:
+        """Load experts for a call to come, under policy ``on_demand_shadow``; others take no orders.
+
+        Experts that are not in this worker's shard are ignored.
+        """
+        if not 0 <= order.layer < len(self.layers):
+            return
+        known = (order.experts >= 0) & (order.experts < self.layers[order.layer].num_experts)
+        for conveyor in self._conveyors:  # all of them must know of a new epoch
+            mine = known if conveyor is self._bay(order.layer) else np.zeros_like(known)
+            conveyor.order(replace(order, experts=order.experts[mine]))
+
+    def forget(self, sequence: int) -> None:
+        """A sequence has ended: what was ordered for it is void."""
+        for conveyor in self._conveyors:
+            conveyor.forget(sequence)
 
     def ready(self, layer: int) -> np.ndarray:
         """Bool per expert of the layer: whether it could be computed now without a load."""
         if not self.has_slots:
             return self._owned[layer]
-        if not self._shelves:
+        if not self._bays:
             return np.zeros(self.layers[layer].num_experts, dtype=bool)
-        return self._shelves[self._shelf_of_layer[layer]].ready(layer)[: self.layers[layer].num_experts]
+        return self._bay(layer).ready(layer)[: self.layers[layer].num_experts]
 
     @property
     def load_s(self) -> float | None:
         """Seconds for which one expert lately kept the link busy; None where nothing was loaded yet."""
-        return max((s for shelf in self._shelves if (s := shelf.load_cost.mean_s) is not None), default=None)
+        return max((s for bay in self._bays if (s := bay.load_cost.mean_s) is not None), default=None)
 
     def _on_idle(self) -> None:
-        for shelf in self._shelves:
-            shelf.on_idle()
+        for bay in self._bays:
+            bay.on_idle()
 
-    def _shelf(self, identifier: int) -> Shelf:
-        return self._shelves[self._shelf_of_layer[layer_and_expert(identifier)[0]]]
+    def _bay(self, layer: int) -> Bay:
+        return self._bays[self._bay_of_layer[layer]]
+
+    @property
+    def _shelves(self) -> list[Shelf]:
+        return [bay for bay in self._bays if isinstance(bay, Shelf)]
+
+    @property
+    def _conveyors(self) -> list[Conveyor]:
+        return [bay for bay in self._bays if isinstance(bay, Conveyor)]
 
     # --- looking ----------------------------------------------------------------------------------------
 
+    def trace(self, on: bool) -> Recording | None:
+        """Begin to record loads, computing and waits; or end it, which returns what was recorded."""
+        before = self._watch
+        tracer = Tracer(f"worker {self.name}", emulated_link=self._link.emulated) if on else None
+        for bay in self._bays:
+            bay.trace(tracer)
+        self._watch = None if tracer is None else CallWatch(tracer, self.device)
+        return None if before is None else before.tracer.recording()
+
     def report(self) -> WorkerReport:
         """Memory, residency and totals. Slots are allocated once, so their size is also their peak."""
-        identifiers = [i for shelf in self._shelves for i in shelf.resident()] if self.has_slots else self.store.experts
-        parts = [asdict(shelf.counters) for shelf in self._shelves] or [asdict(self._direct)]
+        identifiers = [i for bay in self._bays for i in bay.resident()] if self.has_slots else self.store.experts
+        parts = [asdict(bay.counters) for bay in self._bays] or [asdict(self._direct)]
         return WorkerReport(
             name=self.name,
             emulated_link=self._link.emulated,
             slot_budget_bytes=self.slot_budget_bytes,
-            peak_slot_bytes=sum(shelf.pool.nbytes for shelf in self._shelves),
+            peak_slot_bytes=sum(bay.pool.nbytes for bay in self._bays),
             host_bytes=self.store.nbytes,
             owned=len(self.store.experts),
             resident=tuple(sorted(layer_and_expert(identifier) for identifier in identifiers)),
@@ -414,28 +452,3 @@ class ExpertWorker:
         """Stop the loader."""
         if self._loader is not None:
             self._loader.close()
-
-
-def share_slots(name: str, budget_bytes: int | None, sizes: list[int], owned: list[int]) -> list[int]:
-    """How many slots of each shape a budget gives: at least one per shape in use, never more than experts owned.
-
-    Args:
-        sizes: bytes of one expert of each shape.
-        owned: experts of each shape in the shard.
-
-    Raises CapacityError where the budget does not hold one expert of each.
-    """
-    if budget_bytes is None:
-        return list(owned)
-    least = sum(size for size, count in zip(sizes, owned, strict=True) if count)
-    if budget_bytes < least:
-        raise CapacityError(
-            f'device "{name}": slot_memory of {budget_bytes:,} bytes is less than one expert ({least:,} bytes); '
-            f"raise it to at least {least:,}"
-        )
-    total = sum(size * count for size, count in zip(sizes, owned, strict=True))
-    counts = [max(1, count * min(budget_bytes, total) // total) if count else 0 for count in owned]
-    while sum(size * count for size, count in zip(sizes, counts, strict=True)) > budget_bytes:
-        largest = max(range(len(counts)), key=lambda i: (counts[i] > 1, sizes[i] * counts[i]))
-        counts[largest] -= 1
-    return counts

@@ -14,6 +14,10 @@
 #include <mutex>
 #include <thread>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 // Threads that help while they can. The caller works through the tasks of a job itself; helpers that are awake take
@@ -322,11 +326,282 @@ void attention(const typename T::Storage* q, const typename T::Storage* k, const
   });
 }
 
+// ---- Quantised experts: weights of 16, 8, 4, 3 or 2 bits, activations of float32 or bfloat16. predictor/quantize.py
+// writes them in these forms:
+//
+// 16: bfloat16 as it is.
+// 8: int8, a scale per output row. Rows are padded with zeros to a multiple of kSpan; word j of a span holds columns
+//    j, j + 16, j + 32 and j + 48.
+// 4, 3, 2: a scale and a minimum for kGroup neighbours of a row, value = scale * code + minimum, in blocks of four rows
+//    by one group; a block is 16 words of eight codes, word j holds columns j and j + 16 of rows 0, 1, 2, 3 in turn.
+//
+// Codes lie in words so that a shift brings sixteen of them into place: compilers widen vectors of bytes poorly.
+
+constexpr int64_t kGroup = 32, kSpan = 64;
+typedef uint8_t Octets __attribute__((vector_size(kLanes)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+
+template <int place>
+Floats signed_code(Ints w) {
+  return __builtin_convertvector((w << (24 - 8 * place)) >> 24, Floats);
+}
+
+// Four rows of int8 codes times x, without their scales.
+void bytes4(const uint8_t* codes, int64_t stride, const float* x, int64_t n, float* out) {
+  Floats a[4] = {};
+  for (int64_t i = 0; i < n; i += kSpan) {
+    const Floats x0 = F32::load(x + i), x1 = F32::load(x + i + 16);
+    const Floats x2 = F32::load(x + i + 32), x3 = F32::load(x + i + 48);
+    for (int r = 0; r < 4; r++) {
+      __builtin_prefetch(codes + (4 + r) * stride + i);
+      Ints w;
+      std::memcpy(&w, codes + r * stride + i, sizeof w);
+      a[r] += signed_code<0>(w) * x0 + signed_code<1>(w) * x1 + signed_code<2>(w) * x2 + signed_code<3>(w) * x3;
+    }
+  }
+  for (int r = 0; r < 4; r++) out[r] = sum(a[r]);
+}
+
+// Eight values of half precision.
+Floats8 halves(const uint16_t* p) {
+#if defined(__F16C__)
+  __m128i h;
+  std::memcpy(&h, p, sizeof h);
+  const __m256 v = _mm256_cvtph_ps(h);
+  Floats8 result;
+  std::memcpy(&result, &v, sizeof v);
+  return result;
+#else
+  typedef uint16_t Halves8 __attribute__((vector_size(16)));
+  typedef uint32_t Words8 __attribute__((vector_size(32)));
+  Halves8 h;
+  std::memcpy(&h, p, sizeof h);
+  const Words8 w = __builtin_convertvector(h, Words8);
+  Words8 magnitude = (w & 0x7fffu) << 13;  // a float whose exponent is 112 too low; what was subnormal, too
+  Floats8 v;
+  std::memcpy(&v, &magnitude, sizeof v);
+  v *= 0x1p112f;
+  std::memcpy(&magnitude, &v, sizeof v);
+  magnitude |= (w & 0x8000u) << 16;
+  std::memcpy(&v, &magnitude, sizeof v);
+  return v;
+#endif
+}
+
+Floats4 halves4(const uint16_t* p) {
+  uint16_t eight[8] = {p[0], p[1], p[2], p[3]};
+  const Floats8 wide = halves(eight);
+  return Floats4{wide[0], wide[1], wide[2], wide[3]};
+}
+
+// A word holds eight codes, the first in its lowest bits. Three bits lie as 16 low bits and 8 high ones.
+template <int bits>
+Words codes_of(const uint8_t* block) {
+  if constexpr (bits == 4) {
+    Words w;
+    std::memcpy(&w, block, sizeof w);
+    return w;
+  } else {
+    Halves low;
+    std::memcpy(&low, block, sizeof low);
+    Words w = __builtin_convertvector(low, Words);
+    if constexpr (bits == 3) {
+      Octets high;
+      std::memcpy(&high, block + sizeof low, sizeof high);
+      // in steps, else GCC goes byte by byte
+      w |= __builtin_convertvector(__builtin_convertvector(high, Halves), Words) << 16;
+    }
+    return w;
+  }
+}
+
+// The code as the leading bits of a mantissa: 1 + code / 2^bits, without a conversion from integer.
+template <int bits, int place>
+Floats code(Words w) {
+  constexpr int shift = 23 - bits - bits * place;
+  if constexpr (shift >= 0)
+    w <<= shift;
+  else
+    w >>= -shift;
+  w = (w & (((1u << bits) - 1) << (23 - bits))) | 0x3f800000u;
+  Floats v;
+  std::memcpy(&v, &w, sizeof v);
+  return v;
+}
+
+// Four rows times x. sums holds the sum of x over each group, by which minima count.
+template <int bits>
+void packed4(const uint8_t* codes, const uint16_t* scales, const float* x, const float* sums, int64_t groups,
+             float* out) {
+  constexpr int64_t kBlockBytes = kLanes * bits;
+  Floats a0 = {}, a1 = {}, a2 = {}, a3 = {};
+  Floats4 base = {};
+  for (int64_t g = 0; g < groups; g++, codes += kBlockBytes, scales += 8, x += kGroup) {
+    __builtin_prefetch(codes + 16 * kBlockBytes);  // beyond the page, where the processor's prefetcher does not look
+    const Words w = codes_of<bits>(codes);
+    const Floats left = F32::load(x), right = F32::load(x + kLanes);
+    const Floats8 both = halves(scales);
+    Floats4 pair[2];
+    std::memcpy(pair, &both, sizeof both);
+    const Floats4 scale = pair[0] * float(1 << bits);
+    base += (pair[1] - scale) * sums[g];
+    a0 += (code<bits, 0>(w) * left + code<bits, 1>(w) * right) * scale[0];
+    a1 += (code<bits, 2>(w) * left + code<bits, 3>(w) * right) * scale[1];
+    a2 += (code<bits, 4>(w) * left + code<bits, 5>(w) * right) * scale[2];
+    a3 += (code<bits, 6>(w) * left + code<bits, 7>(w) * right) * scale[3];
+  }
+  out[0] = sum(a0) + base[0], out[1] = sum(a1) + base[1], out[2] = sum(a2) + base[2], out[3] = sum(a3) + base[3];
+}
+
+int64_t groups_of(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
+int64_t padded(int64_t columns) { return (columns + kSpan - 1) / kSpan * kSpan; }
+
+// Floats of one vector: padded with zeros, behind it the sum of each group.
+int64_t room(int64_t columns) { return padded(columns) + padded(columns) / kGroup; }
+
+void pad_and_sum(float* x, int64_t columns) {
+  const int64_t wide = padded(columns);
+  for (int64_t i = columns; i < wide; i++) x[i] = 0;
+  for (int64_t i = 0; i < wide; i += kGroup) x[wide + i / kGroup] = sum(F32::load(x + i) + F32::load(x + i + kLanes));
+}
+
+// A matrix in one of the forms: the rows from `from` to before `to`, both multiples of four, times such a vector.
+struct Dense {
+  static void rows(const void* data, const void*, const float* x, int64_t columns, int64_t from, int64_t to,
+                   float* out) {
+    rows_times<BF16>(static_cast<const uint16_t*>(data), x, columns, from, to, out);
+  }
+};
+
+struct Channels {
+  static void rows(const void* data, const void* scales, const float* x, int64_t columns, int64_t from, int64_t to,
+                   float* out) {
+    const int64_t stride = padded(columns);
+    for (int64_t row = from; row < to; row += 4) {
+      bytes4(static_cast<const uint8_t*>(data) + row * stride, stride, x, stride, out + row - from);
+      const Floats4 scale = halves4(static_cast<const uint16_t*>(scales) + row);
+      for (int r = 0; r < 4; r++) out[row - from + r] *= scale[r];
+    }
+  }
+};
+
+template <int bits>
+struct Groups {
+  static void rows(const void* data, const void* scales, const float* x, int64_t columns, int64_t from, int64_t to,
+                   float* out) {
+    const int64_t groups = groups_of(columns);
+    for (int64_t row = from; row < to; row += 4) {
+      const int64_t block = row / 4 * groups;
+      packed4<bits>(static_cast<const uint8_t*>(data) + block * kLanes * bits,
+                    static_cast<const uint16_t*>(scales) + block * 8, x, x + padded(columns), groups,
+                    out + row - from);
+    }
+  }
+};
+
+// Where one expert's weights lie.
+struct QuantizedExpert {
+  const void *first, *first_scales, *down, *down_scales;
+};
+
+// As `experts`, with weights in form M and activations of type T. hidden and inner are multiples of four.
+template <class M, class T>
+void quantized_experts(const QuantizedExpert* table, const int32_t* index, const typename T::Storage* x,
+                       const int32_t* rows, typename T::Storage* out, int64_t pairs, int64_t n_rows, int64_t hidden,
+                       int64_t inner, float* scratch, int threads) {
+  const int64_t wide_room = room(hidden), inner_room = room(inner);
+  float* wide = scratch;
+  float* activated = scratch + n_rows * wide_room;
+  for (int64_t row = 0; row < n_rows; row++) {
+    widen<T>(x + row * hidden, hidden, wide + row * wide_room);
+    pad_and_sum(wide + row * wide_room, hidden);
+  }
+  const int64_t up_blocks = (inner + kBlock - 1) / kBlock, down_blocks = (hidden + kBlock - 1) / kBlock;
+  parallel(pairs * up_blocks, threads, [=](int64_t task) {
+    const int64_t pair = task / up_blocks, from = task % up_blocks * kBlock;
+    const int64_t to = from + kBlock < inner ? from + kBlock : inner;
+    const QuantizedExpert& expert = table[index[pair]];
+    const float* input = wide + rows[pair] * wide_room;
+    float gate[kBlock], up[kBlock];
+    M::rows(expert.first, expert.first_scales, input, hidden, from, to, gate);
+    M::rows(expert.first, expert.first_scales, input, hidden, inner + from, inner + to, up);
+    for (int64_t i = 0; i < to - from; i++) {
+      const float g = rounded<T>(gate[i]), u = rounded<T>(up[i]);
+      activated[pair * inner_room + from + i] = rounded<T>(rounded<T>(g / (1.0f + std::exp(-g))) * u);
+    }
+  });
+  for (int64_t pair = 0; pair < pairs; pair++) pad_and_sum(activated + pair * inner_room, inner);
+  parallel(pairs * down_blocks, threads, [=](int64_t task) {
+    const int64_t pair = task / down_blocks, from = task % down_blocks * kBlock;
+    const int64_t to = from + kBlock < hidden ? from + kBlock : hidden;
+    const QuantizedExpert& expert = table[index[pair]];
+    float result[kBlock];
+    M::rows(expert.down, expert.down_scales, activated + pair * inner_room, inner, from, to, result);
+    for (int64_t row = from; row < to; row++) out[pair * hidden + row] = T::put(result[row - from]);
+  });
+}
+
+// Whole vectors of a row, as far as the row goes.
+void put_row(const Floats* values, int64_t count, float* out, int64_t left) {
+  std::memcpy(out, values, (count * kLanes < left ? count * kLanes : left) * sizeof(float));
+}
+
+// The values that the codes of a matrix stand for.
+void restore_bytes(const uint8_t* codes, const uint16_t* scales, float* out, int64_t rows, int64_t columns,
+                   int threads) {
+  const int64_t stride = padded(columns);
+  parallel((rows + kBlock - 1) / kBlock, threads, [=](int64_t task) {
+    for (int64_t row = task * kBlock; row < rows && row < (task + 1) * kBlock; row++) {
+      const float scale = halves4(scales + row / 4 * 4)[row % 4];
+      for (int64_t i = 0; i < columns; i += kSpan) {
+        Ints w;
+        std::memcpy(&w, codes + row * stride + i, sizeof w);
+        const Floats values[] = {signed_code<0>(w) * scale, signed_code<1>(w) * scale, signed_code<2>(w) * scale,
+                                 signed_code<3>(w) * scale};
+        put_row(values, 4, out + row * columns + i, columns - i);
+      }
+    }
+  });
+}
+
+template <int bits>
+void restore_groups(const uint8_t* codes, const uint16_t* scales, float* out, int64_t rows, int64_t columns,
+                    int threads) {
+  const int64_t groups = groups_of(columns), blocks = (rows + 3) / 4, each = kBlock / 4;
+  parallel((blocks + each - 1) / each, threads, [=](int64_t task) {
+    const int64_t end = (task + 1) * each < blocks ? (task + 1) * each : blocks;
+    for (int64_t block = task * each * groups; block < end * groups; block++) {
+      const int64_t row = block / groups * 4, column = block % groups * kGroup;
+      const Words w = codes_of<bits>(codes + block * kLanes * bits);
+      const Floats8 both = halves(scales + block * 8);
+      const Floats values[] = {code<bits, 0>(w), code<bits, 1>(w), code<bits, 2>(w), code<bits, 3>(w),
+                               code<bits, 4>(w), code<bits, 5>(w), code<bits, 6>(w), code<bits, 7>(w)};
+      for (int r = 0; r < 4 && row + r < rows; r++) {
+        const float scale = both[r] * float(1 << bits), minimum = both[4 + r];
+        const Floats pair[] = {(values[2 * r] - 1.0f) * scale + minimum, (values[2 * r + 1] - 1.0f) * scale + minimum};
+        put_row(pair, 2, out + (row + r) * columns + column, columns - column);
+      }
+    }
+  });
+}
+
+template <class T, class... Arguments>
+int quantized_experts_of(int bits, Arguments... arguments) {
+  switch (bits) {
+    case 16: quantized_experts<Dense, T>(arguments...); return 0;
+    case 8: quantized_experts<Channels, T>(arguments...); return 0;
+    case 4: quantized_experts<Groups<4>, T>(arguments...); return 0;
+    case 3: quantized_experts<Groups<3>, T>(arguments...); return 0;
+    case 2: quantized_experts<Groups<2>, T>(arguments...); return 0;
+    default: return 1;
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
-int raymoe_abi() { return 4; }
+int raymoe_abi() { return 5; }
 
 void raymoe_attention_f32(const float* q, const float* k, const float* v, float* out, int64_t heads, int64_t kv_heads,
                           int64_t length, int64_t d, int64_t dv, const int64_t* strides, float scale, float* scratch,
@@ -370,5 +645,31 @@ void raymoe_rms_norm_f32(const float* x, const float* weight, float* out, int64_
 void raymoe_rms_norm_bf16(const uint16_t* x, const float* weight, uint16_t* out, int64_t rows, int64_t columns,
                           float epsilon, int early) {
   rms_norm<BF16>(x, weight, out, rows, columns, epsilon, early);
+}
+
+// Return 1 where there is no such number of bits, else 0. The table holds four addresses per expert.
+int raymoe_quantized_experts_f32(int bits, const void* table, const int32_t* index, const float* x, const int32_t* rows,
+                                 float* out, int64_t pairs, int64_t n_rows, int64_t hidden, int64_t inner,
+                                 float* scratch, int threads) {
+  return quantized_experts_of<F32>(bits, static_cast<const QuantizedExpert*>(table), index, x, rows, out, pairs, n_rows,
+                                   hidden, inner, scratch, threads);
+}
+
+int raymoe_quantized_experts_bf16(int bits, const void* table, const int32_t* index, const uint16_t* x,
+                                  const int32_t* rows, uint16_t* out, int64_t pairs, int64_t n_rows, int64_t hidden,
+                                  int64_t inner, float* scratch, int threads) {
+  return quantized_experts_of<BF16>(bits, static_cast<const QuantizedExpert*>(table), index, x, rows, out, pairs,
+                                    n_rows, hidden, inner, scratch, threads);
+}
+
+int raymoe_restore(int bits, const uint8_t* codes, const uint16_t* scales, float* out, int64_t rows, int64_t columns,
+                   int threads) {
+  switch (bits) {
+    case 8: restore_bytes(codes, scales, out, rows, columns, threads); return 0;
+    case 4: restore_groups<4>(codes, scales, out, rows, columns, threads); return 0;
+    case 3: restore_groups<3>(codes, scales, out, rows, columns, threads); return 0;
+    case 2: restore_groups<2>(codes, scales, out, rows, columns, threads); return 0;
+    default: return 1;
+  }
 }
 }

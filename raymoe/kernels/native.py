@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAG_SETS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
-ABI = 4
+ABI = 5
 THREADED_BYTES = 1 << 18  # below this many bytes of weights, waking threads costs more than they save
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -45,6 +45,10 @@ class NativeKernels:
         self._experts = {}
         self._rms_norm = {}
         self._attention = {}
+        self._quantized_experts = {}
+        self._restore = library.raymoe_restore
+        self._restore.argtypes = [ctypes.c_int, *[pointer] * 3, *[number] * 2, ctypes.c_int]
+        self._restore.restype = ctypes.c_int
         for dtype, suffix in SUFFIX.items():
             linear = getattr(library, f"raymoe_linear_{suffix}")
             linear.argtypes = [pointer] * 4 + [number] * 2 + [pointer, ctypes.c_int]
@@ -58,6 +62,10 @@ class NativeKernels:
             attention = getattr(library, f"raymoe_attention_{suffix}")
             attention.argtypes = [pointer] * 4 + [number] * 5 + [pointer, ctypes.c_float, pointer, ctypes.c_int]
             attention.restype = None
+            quantized = getattr(library, f"raymoe_quantized_experts_{suffix}")
+            quantized.argtypes = [ctypes.c_int, *[pointer] * 5, *[number] * 4, pointer, ctypes.c_int]
+            quantized.restype = ctypes.c_int
+            self._quantized_experts[dtype] = quantized
             self._linear[dtype], self._experts[dtype] = linear, experts
             self._rms_norm[dtype], self._attention[dtype] = rms_norm, attention
         self._scratch = torch.empty(0)
@@ -149,11 +157,63 @@ class NativeKernels:
             self.threads,
         )
 
+    def quantized_experts(
+        self,
+        bits: int,
+        table: int,
+        index_P: np.ndarray,
+        x_RH: torch.Tensor,
+        rows_P: np.ndarray,
+        inner: int,
+        out_PH: torch.Tensor,
+    ) -> None:
+        """Gated SiLU experts whose weights are quantised; activations and sums are as in ``experts``.
+
+        Args:
+            bits: 16 (bfloat16), 8, 4, 3 or 2; native.cpp describes the forms.
+            table: address of four addresses per expert: gate and up together, their scales, down, its scales.
+            index_P: int32, the expert of each pair.
+            x_RH: contiguous; H and ``inner`` are multiples of 4.
+            rows_P: int32, the row of ``x_RH`` of each pair.
+            inner: the intermediate size.
+            out_PH: contiguous, of x's type.
+        """
+        rows, hidden = x_RH.shape
+        pairs = len(index_P)
+        unknown = self._quantized_experts[x_RH.dtype](
+            bits,
+            table,
+            index_P.ctypes.data,
+            x_RH.data_ptr(),
+            rows_P.ctypes.data,
+            out_PH.data_ptr(),
+            pairs,
+            rows,
+            hidden,
+            inner,
+            self._room(rows * padded_floats(hidden) + pairs * padded_floats(inner)),
+            self.threads,
+        )
+        assert not unknown, f"no kernel for {bits} bits"
+
+    def restore(self, bits: int, codes: torch.Tensor, scales: torch.Tensor, out_OI: torch.Tensor) -> None:
+        """The values of one quantised matrix of 8, 4, 3 or 2 bits, into ``out_OI`` in float32; all contiguous."""
+        outputs, inputs = out_OI.shape
+        unknown = self._restore(
+            bits, codes.data_ptr(), scales.data_ptr(), out_OI.data_ptr(), outputs, inputs, self.threads
+        )
+        assert not unknown, f"no kernel for {bits} bits"
+
     def _room(self, floats: int) -> int:
         if floats > self._scratch.numel():
             self._scratch = torch.empty(2 * floats)
             self._scratch_pointer = self._scratch.data_ptr()
         return self._scratch_pointer
+
+
+def padded_floats(columns: int) -> int:
+    """Scratch of one row for quantised weights: padded to a multiple of 64, then the sum of each group of 32."""
+    return -(-columns // 64) * 66
 
 
 def load_native(threads: int) -> NativeKernels | None:

@@ -66,6 +66,14 @@ class Router:
             return torch.softmax(logits_TE.float(), dim=-1).cpu().numpy()
         return self.rule.scores(logits_TE.float().cpu().numpy())
 
+    def scores_or_weights(self, chosen_TK: np.ndarray, weights_TK: torch.Tensor) -> np.ndarray:
+        """Gate scores [T, E] of the last forward; without a rule what is known of them, the weights of the chosen."""
+        if self.rule is not None:
+            return self.scores_of(self.logits_TE)
+        scores_TE = np.zeros((len(chosen_TK), self.experts), dtype=np.float32)
+        np.put_along_axis(scores_TE, chosen_TK, weights_TK.float().cpu().numpy(), axis=1)
+        return scores_TE
+
     def capture(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """A forward hook for the router's module; it runs at every layer of every step, so it only keeps."""
         self._logits = output if self._index is None else output[self._index]

@@ -53,6 +53,7 @@ class EngineStats:
         alpha: of the requests that ask for no quality of their own; the live value where it follows a budget.
         decode_s: time spent in decode steps.
         refused_settings: why the last change of settings by Serve's ``user_config`` was not made.
+        recall: share of the chosen experts that the predictor had named; None where there is none.
     """
 
     model: str
@@ -77,6 +78,7 @@ class EngineStats:
     decode_s: float
     steps: int
     refused_settings: str | None = None
+    recall: float | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -91,14 +93,40 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PredictorStats:
+    """What foretells routing. All but the first two are of a shadow, and 0 while it is not there.
+
+    Attributes:
+        state: "healthy", or "down": experts are then loaded when the router has named them.
+        reason: why it is down.
+        nbytes: of its weights.
+        steps, wasted: run, and left or taken back because the model's token was another.
+        guesses, right: its own next tokens, and those that the model chose too.
+    """
+
+    kind: str
+    state: str
+    reason: str | None = None
+    node: str = ""
+    pid: int = 0
+    nbytes: int = 0
+    steps: int = 0
+    wasted: int = 0
+    guesses: int = 0
+    right: int = 0
+    dropped_messages: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStats:
-    """Everything: devices by name, the engine (None where none has told its counts yet), replication, policy."""
+    """Everything: devices by name, the engine (None where none has told its counts yet), policy, and predictor."""
 
     app: str
     devices: dict[str, DeviceStats]
     engine: EngineStats | None = None
     replication: int = 1
     policy: str = "on_demand"
+    predictor: PredictorStats | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the rates."""

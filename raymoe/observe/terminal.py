@@ -1,5 +1,6 @@
 """Progress and tables on a terminal."""
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from raymoe.observe.stats import ClusterStats
+from raymoe.observe.stats import ClusterStats, PredictorStats
 
 if TYPE_CHECKING:
     from raymoe.engine.profile import Profile
@@ -138,6 +139,25 @@ def show_tuned(tuned: "Tuned", tokens: int) -> None:
     Console().print(table)
 
 
+def show_recall(facts: dict[str, Any], kind: str) -> None:
+    """How well a predictor did: over all, along the answer, and by layer."""
+    console = Console()
+    interval = f" ± {facts['interval']:.2%}" if not math.isnan(facts["interval"]) else ""
+    console.print(f"{kind}: recall {facts['recall']:.2%}{interval} over {facts['tokens']:,} tokens", soft_wrap=True)
+    if facts["agreement"] is not None:
+        console.print(f"its own next token was the model's in {facts['agreement']:.1%}", soft_wrap=True)
+    if facts["bytes_per_token"]:
+        console.print(f"{format_bytes(facts['bytes_per_token'])} of keys and values per token", soft_wrap=True)
+    for title, shares in (
+        ("Tokens", facts["by_output_index"]),
+        ("Layer", {str(index): share for index, share in enumerate(facts["by_layer"])}),
+    ):
+        table = plain_table("", (title, "Recall"))
+        for name, share in shares.items():
+            table.add_row(name, "none" if share is None else f"{share:.2%}")
+        console.print(table)
+
+
 def plain_table(title: str, columns: tuple[str, ...]) -> Table:
     """A table of figures."""
     table = Table(
@@ -173,6 +193,10 @@ def show_status(stats: ClusterStats) -> None:
     console = Console()
     console.print(table)
     engine = stats.engine
+    if stats.predictor is not None:
+        recall = engine.recall if engine is not None else None
+        text = f"Predictor: {describe_predictor(stats.predictor, recall)}"
+        console.print(text, style=None if stats.predictor.state == "healthy" else "red", markup=False, soft_wrap=True)
     if engine is not None:
         console.print(
             f"{engine.finished:,} answers, {engine.completion_tokens:,} tokens; {engine.hit_rate:.1%} of experts were "
@@ -182,3 +206,17 @@ def show_status(stats: ClusterStats) -> None:
         if engine.refused_settings is not None:
             text = f"New settings were refused: {engine.refused_settings}"
             console.print(text, style="red", markup=False, soft_wrap=True)
+
+
+def describe_predictor(predictor: PredictorStats, recall: float | None) -> str:
+    """What foretells routing, how it is, and how well it does."""
+    parts = [predictor.kind, predictor.state]
+    if predictor.reason is not None:
+        parts.append(" ".join(predictor.reason.split()))
+    if recall is not None:
+        parts.append(f"recall {recall:.1%}")
+    if predictor.steps:
+        parts.append(f"{predictor.steps:,} steps ({predictor.wasted:,} wasted)")
+    if predictor.nbytes:
+        parts.append(f"{format_bytes(predictor.nbytes)}, PID {predictor.pid}")
+    return ", ".join(parts)

@@ -149,6 +149,7 @@ ROUTING_FIELDS = (
     "hosted",
     "loads",
     "bytes_loaded",
+    "recall",
 )
 """What an answer tells of its ``Routing``."""
 

@@ -1,5 +1,6 @@
 """The engine's side of the data plane: send a layer to several workers, gather their answers by a deadline."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Mapping
@@ -8,13 +9,16 @@ import torch
 import zmq
 
 from raymoe.errors import ExpertUnavailableError
-from raymoe.experts.call import ExpertAnswer, ExpertCall
+from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder
 from raymoe.transport.frames import (
     Header,
     Kind,
     Limits,
+    Message,
     pack_call,
     pack_experts,
+    pack_forget,
+    pack_order,
     parse_answer,
     parse_header,
     parse_text,
@@ -66,10 +70,15 @@ class WorkerClient:
             ) from error
         return request
 
-    def gather(self, requests: dict[int, DeviceName], timeout_s: float) -> dict[int, ExpertAnswer]:
+    def gather(
+        self, requests: dict[int, DeviceName], timeout_s: float, arrived_s: dict[int, float] | None = None
+    ) -> dict[int, ExpertAnswer]:
         """Wait for the answers to ``requests``. A late answer to an older request is dropped and counted.
 
         Raises ExpertUnavailableError where a worker fails, or does not answer in time.
+
+        Args:
+            arrived_s: takes the monotonic time at which each answer came.
         """
         answers: dict[int, ExpertAnswer] = {}
         deadline = time.monotonic() + timeout_s
@@ -83,20 +92,25 @@ class WorkerClient:
                 )
             wait_ms = 0 if now < spin_until else max(1, int((deadline - now) * 1000))
             for socket, _ in self._poller.poll(wait_ms):
-                self._receive(socket, requests, answers)
+                request = self._receive(socket, requests, answers)
+                if arrived_s is not None and request is not None:
+                    arrived_s[request] = time.monotonic()
         return answers
 
-    def _receive(self, socket: zmq.Socket, requests: dict[int, DeviceName], answers: dict[int, ExpertAnswer]) -> None:
+    def _receive(
+        self, socket: zmq.Socket, requests: dict[int, DeviceName], answers: dict[int, ExpertAnswer]
+    ) -> int | None:
         frames = [frame.buffer for frame in socket.recv_multipart(copy=False)]
         header = parse_header(frames[0], self._limits)
         if header.request not in requests or header.request in answers:
             self.late_answers += 1
-            return
+            return None
         if header.kind is Kind.ERROR:
             raise ExpertUnavailableError(
                 f'worker "{self._name_of[socket]}": {parse_text(header, frames[1:], self._limits)}'
             )
         answers[header.request] = parse_answer(header, frames[1:], self._limits)
+        return header.request
 
     def ping(self, device: DeviceName, timeout_s: float) -> float | None:
         """Round trip of a heartbeat in seconds, or None without an answer in time."""
@@ -116,11 +130,19 @@ class WorkerClient:
 
     def prefetch(self, device: DeviceName, identifiers: list[int], scores: list[float]) -> None:
         """Order loads ahead of need. Fire and forget: the worker may refuse, and a full queue drops the order."""
-        try:
-            message = pack_experts(Kind.PREFETCH, next(self._requests), identifiers, scores)
+        self._tell(device, pack_experts(Kind.PREFETCH, next(self._requests), identifiers, scores))
+
+    def order(self, device: DeviceName, order: LoadOrder) -> None:
+        """Order loads for a step to come. Fire and forget, like ``prefetch``."""
+        self._tell(device, pack_order(order))
+
+    def forget(self, device: DeviceName, sequence: int) -> None:
+        """Tell a worker that a sequence has ended, so that nothing is held for it. Fire and forget."""
+        self._tell(device, pack_forget(sequence))
+
+    def _tell(self, device: DeviceName, message: Message) -> None:
+        with contextlib.suppress(zmq.Again):  # its queue is full
             self._control[device].send_multipart(message, flags=zmq.NOBLOCK)
-        except zmq.Again:
-            pass
 
     def close(self) -> None:
         """Close all connections; what is in flight is dropped."""

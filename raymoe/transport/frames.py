@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from raymoe.errors import FrameError
-from raymoe.experts.call import ExpertAnswer, ExpertCall
+from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder
+from raymoe.types import StepId
 
 MAGIC = b"RMOE"
-VERSION = 2
+VERSION = 3
 # magic, version, kind, dtype, reserved, request, layer, rows, pairs, hidden, a, b, c, d, e, f, big
 HEADER = struct.Struct("<4sBBBBQIIIIIIIIIIQ")
-LOAD_S = struct.Struct("<f")
+TIMES = struct.Struct("<ff")  # seconds per load, 0 where unknown; seconds of computing
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_TEXT_BYTES = 4096
@@ -39,6 +40,12 @@ class Kind(IntEnum):
     PREFETCH = 6
     RESIDENCY = 7
     FORECAST = 8
+    ORDER = 9
+    FORGET = 10
+    BEGIN = 20
+    TOKEN = 21
+    END = 22
+    PLAN = 23
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +120,11 @@ def parse_header(frame: Buffer, limits: Limits) -> Header:
 
 
 def pack_call(request: int, call: ExpertCall) -> Message:
-    """Header, hidden rows, experts, rows, and scores where there are any. The buffers are views, not copies."""
-    scores = call.scores_E
+    """Header, hidden rows, experts, rows, and scores where there are any. The buffers are views, not copies.
+
+    In the header: a scores; c 1 where the call belongs to a step, that of sequence ``big`` at position b.
+    """
+    scores, step = call.scores_E, call.step
     header = Header(
         kind=Kind.CALL,
         dtype=call.hidden_RH.dtype,
@@ -124,6 +134,9 @@ def pack_call(request: int, call: ExpertCall) -> Message:
         pairs=len(call.experts_P),
         hidden=call.hidden_RH.shape[1],
         a=0 if scores is None else len(scores),
+        b=0 if step is None else step.position,
+        c=int(step is not None),
+        big=0 if step is None else step.sequence,
     )
     message: Message = [header.pack(), tensor_bytes(call.hidden_RH), call.experts_P.data, call.rows_P.data]
     return message if scores is None else [*message, np.ascontiguousarray(scores, dtype=np.float32).data]
@@ -135,6 +148,8 @@ def parse_call(header: Header, body: Sequence[Buffer], limits: Limits) -> Expert
         raise FrameError("a call needs at least one row, one pair and one hidden element")
     if header.a > limits.experts:
         raise FrameError(f"{header.a:,} scores, the limit is {limits.experts:,}")
+    if header.c > 1:
+        raise FrameError(f"a call belongs to one step or none, not to {header.c:,}")
     expected = [header.rows * header.hidden * header.dtype.itemsize, 4 * header.pairs, 4 * header.pairs]
     frames = exact_frames(body, [*expected, 4 * header.a] if header.a else expected, limits)
     experts = np.frombuffer(frames[1], dtype=np.int32)
@@ -149,11 +164,12 @@ def parse_call(header: Header, body: Sequence[Buffer], limits: Limits) -> Expert
         experts_P=experts,
         rows_P=rows,
         scores_E=np.frombuffer(frames[3], dtype=np.float32) if header.a else None,
+        step=StepId(sequence=header.big, position=header.b) if header.c else None,
     )
 
 
 def pack_answer(request: int, answer: ExpertAnswer) -> Message:
-    """Header, outputs, and where experts came or went: seconds per load (float32), then their ids."""
+    """Header, outputs, and times (float32) with the ids of experts that came and went."""
     output = answer.output_PH
     header = Header(
         kind=Kind.ANSWER,
@@ -169,11 +185,9 @@ def pack_answer(request: int, answer: ExpertAnswer) -> Message:
         f=answer.hosted,
         big=answer.bytes_loaded,
     )
-    message: Message = [header.pack(), tensor_bytes(output)]
-    if answer.loaded or answer.evicted:
-        identifiers = np.array([*answer.loaded, *answer.evicted], dtype=np.int32)
-        message.append(LOAD_S.pack(answer.load_s or 0.0) + identifiers.tobytes())
-    return message
+    times = TIMES.pack(answer.load_s or 0.0, answer.compute_s)
+    identifiers = np.array([*answer.loaded, *answer.evicted], dtype=np.int32)
+    return [header.pack(), tensor_bytes(output), times + identifiers.tobytes()]
 
 
 def parse_answer(header: Header, body: Sequence[Buffer], limits: Limits) -> ExpertAnswer:
@@ -181,12 +195,12 @@ def parse_answer(header: Header, body: Sequence[Buffer], limits: Limits) -> Expe
     changed = header.c + header.d
     if changed > limits.changes:
         raise FrameError(f"{changed:,} residency changes, the limit is {limits.changes:,}")
-    expected = [header.pairs * header.hidden * header.dtype.itemsize]
-    frames = exact_frames(body, [*expected, LOAD_S.size + 4 * changed] if changed else expected, limits)
-    changes = np.frombuffer(frames[1][LOAD_S.size :], dtype=np.int32).tolist() if changed else []
-    (load_s,) = LOAD_S.unpack(frames[1][: LOAD_S.size]) if changed else (0.0,)
-    if not 0 <= load_s < math.inf:
-        raise FrameError(f"a load takes {load_s} s, which is no time")
+    expected = [header.pairs * header.hidden * header.dtype.itemsize, TIMES.size + 4 * changed]
+    frames = exact_frames(body, expected, limits)
+    changes = np.frombuffer(frames[1][TIMES.size :], dtype=np.int32).tolist()
+    load_s, compute_s = TIMES.unpack(frames[1][: TIMES.size])
+    if not 0 <= load_s < math.inf or not 0 <= compute_s < math.inf:
+        raise FrameError(f"a load takes {load_s} s and computing {compute_s} s, which are no times")
     return ExpertAnswer(
         output_PH=tensor_from(frames[0], header.dtype, (header.pairs, header.hidden)),
         hits=header.a,
@@ -197,6 +211,7 @@ def parse_answer(header: Header, body: Sequence[Buffer], limits: Limits) -> Expe
         loaded=tuple(changes[: header.c]),
         evicted=tuple(changes[header.c :]),
         load_s=load_s or None,
+        compute_s=compute_s,
     )
 
 
@@ -259,6 +274,46 @@ def parse_forecast(header: Header, body: Sequence[Buffer], limits: Limits) -> tu
     if not np.isfinite(worths).all():
         raise FrameError("what a forecast expects must be worth a finite number")
     return header.layer, experts, worths
+
+
+def pack_order(order: LoadOrder) -> Message:
+    """Experts that a worker shall load for a step to come."""
+    header = Header(
+        kind=Kind.ORDER,
+        dtype=torch.float32,
+        request=0,
+        layer=order.layer,
+        a=len(order.experts),
+        b=order.step.position,
+        c=order.epoch,
+        big=order.step.sequence,
+    )
+    return [header.pack(), np.ascontiguousarray(order.experts, dtype=np.int32).data]
+
+
+def parse_order(header: Header, body: Sequence[Buffer], limits: Limits) -> LoadOrder:
+    """The order in a message. Raises FrameError where lengths or indices are wrong."""
+    if header.layer >= limits.layers:
+        raise FrameError(f"an order for layer {header.layer}, but there are {limits.layers}")
+    if header.a > limits.experts:
+        raise FrameError(f"an order of {header.a:,} experts, the limit is {limits.experts:,}")
+    (frame,) = exact_frames(body, [4 * header.a], limits)
+    experts = np.frombuffer(frame, dtype=np.int32)
+    if header.a and (experts.min() < 0 or experts.max() >= limits.experts):
+        raise FrameError(f"experts of an order must lie within 0 and {limits.experts - 1}")
+    step = StepId(sequence=header.big, position=header.b)
+    return LoadOrder(step=step, epoch=header.c, layer=header.layer, experts=experts)
+
+
+def pack_forget(sequence: int) -> Message:
+    """A sequence has ended: what was ordered for it is void."""
+    return [Header(kind=Kind.FORGET, dtype=torch.float32, request=0, big=sequence).pack()]
+
+
+def parse_forget(header: Header, body: Sequence[Buffer], limits: Limits) -> int:
+    """The sequence that has ended."""
+    exact_frames(body, [], limits)
+    return header.big
 
 
 def exact_frames(body: Sequence[Buffer], expected: list[int], limits: Limits) -> list[memoryview]:

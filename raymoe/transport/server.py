@@ -14,7 +14,7 @@ import torch
 import zmq
 
 from raymoe.errors import FrameError
-from raymoe.experts.call import ExpertAnswer, ExpertCall, layer_and_expert
+from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder, layer_and_expert
 from raymoe.transport.frames import (
     Buffer,
     Header,
@@ -25,7 +25,9 @@ from raymoe.transport.frames import (
     pack_text,
     parse_call,
     parse_experts,
+    parse_forget,
     parse_header,
+    parse_order,
 )
 from raymoe.transport.sockets import AllowedClients, Endpoint, KeyPair, authenticator, server_socket
 
@@ -51,6 +53,14 @@ class Worker(Protocol):
 
     def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
         """A forecast for a layer to come."""
+        ...
+
+    def order(self, order: LoadOrder) -> None:
+        """Load experts for a call to come."""
+        ...
+
+    def forget(self, sequence: int) -> None:
+        """A sequence has ended."""
         ...
 
 
@@ -162,5 +172,14 @@ class WorkerServer:
             for layer in np.unique(layers).tolist():
                 mine = layers == layer
                 self._worker.expect(layer, experts[mine], np.array(scores, dtype=np.float32)[mine])
+            return None
+        if header.kind is Kind.ORDER:
+            order = parse_order(header, body, self._limits)
+            if order.layer >= self._worker.num_layers:
+                raise FrameError(f"an order for layer {order.layer}, but the model has {self._worker.num_layers}")
+            self._worker.order(order)
+            return None
+        if header.kind is Kind.FORGET:
+            self._worker.forget(parse_forget(header, body, self._limits))
             return None
         raise FrameError(f"{header.kind.name} does not belong on the control socket")

@@ -10,17 +10,17 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import raymoe
-from raymoe import cli
+from raymoe import cli, predicting
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
 from raymoe.engine.request import Chunk, Usage
 from raymoe.engine.tune import TunePoint, choose
 from raymoe.errors import CheckpointError, ExpertUnavailableError, StartError
 from raymoe.observe import terminal
-from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats
+from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats, PredictorStats
 from raymoe.types import Routing
 from tests.toy_models import save_toy
 
-COMMANDS = ("serve", "generate", "calibrate", "tune", "inspect", "status", "synth", "version")
+COMMANDS = ("serve", "generate", "calibrate", "tune", "predictor", "inspect", "status", "synth", "version")
 
 
 def run(*arguments: str, **options: Any) -> Result:
@@ -57,6 +57,7 @@ def test_no_command_shows_the_help() -> None:
         ("generate", ["PROMPT", "--config", "--max-tokens", "--temperature", "--quality"]),
         ("calibrate", ["MODEL", "--output", "-o", "[required]", "--text", "itself says at temperature", "2048"]),
         ("tune", ["CONFIG", "--tpot-ms", "--text", "--tokens", "512", "--json", "policy importance", "exit code is 1"]),
+        ("predictor", ["eval", "Measure a predictor's recall"]),
         ("inspect", ["PATH", "--json", "Reads headers only"]),
         ("status", ["--name", "--json"]),
         ("synth", ["OUT", "--like", "qwen3_moe", "--size", "1GB", "--seed", "no tokenizer"]),
@@ -150,6 +151,22 @@ def test_inspect_takes_a_path(tmp_path: Path) -> None:
         (["tune", "c.yaml", "--tpot-ms", "0"], "--tpot-ms is 0; it must be more than 0"),
         (["tune", "c.yaml", "--tpot-ms", "nan"], "--tpot-ms is nan; it must be more than 0"),
         (["tune", "c.yaml", "--tpot-ms", "40", "--json", "/no/such/file"], "--json: there is no directory /no/such"),
+        (["predictor", "eval", "/no/such/model"], "no such model directory: /no/such/model"),
+        (
+            ["predictor", "eval", "--kind", "oracle"],
+            "--kind: Input should be 'shadow', 'gate', 'resident' or 'history'",
+        ),
+        (["predictor", "eval", "--bits", "5"], "--bits: Input should be 16, 8, 4, 3 or 2, not 5"),
+        (
+            ["predictor", "eval", "--kv-align-every", "-1"],
+            "--kv-align-every: Input should be greater than or equal to 0, not -1",
+        ),
+        (["predictor", "eval", "--token-align-every", "-2"], "--token-align-every: Input should be greater than or"),
+        (["predictor", "eval", "--dtype", "int8"], "--dtype: Input should be 'auto', 'float32', 'bfloat16' or"),
+        (["predictor", "eval", "--length", "31"], "--length is 31; at least 32 are needed, for the first tokens are"),
+        (["predictor", "eval", "--tokens", "63"], "--tokens is 63; at least 64 are needed"),
+        (["predictor", "eval", "--text", "/no/such"], "can't read the text /no/such: No such file"),
+        (["predictor", "eval", "--json", "/no/such/file"], "--json: there is no directory /no/such"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(
@@ -211,6 +228,9 @@ def test_faults_of_ours_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         ["serve", "x", "--port", "0"],
         ["calibrate"],
         ["tune", "x"],
+        ["predictor", "evaluate"],
+        ["predictor", "eval", "--ahead", "0"],
+        ["predictor", "eval", "--bits", "few"],
     ],
 )
 def test_wrong_usage_exits_with_two(arguments: list[str]) -> None:
@@ -233,6 +253,75 @@ def test_synth_writes_a_checkpoint_that_inspect_reads(tmp_path: Path) -> None:
 def test_synth_tells_its_stages_in_a_log(tmp_path: Path) -> None:
     lines = run("synth", str(tmp_path / "out"), "--size", "8MB").stderr.splitlines()
     assert lines == ["loading raymoe", "choosing sizes", "writing model.safetensors", "done"]
+
+
+# --- predictor eval -------------------------------------------------------------------------------------
+
+
+def test_help_of_predictor_eval_shows_its_options_and_defaults() -> None:
+    result = run("predictor", "eval", "--help")
+    assert result.exit_code == 0
+    for words in ("MODEL", "--kind", "shadow", "--bits", "--token-align-every", "--text", "4096", "512", "--json"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["shadow", "gate", "history"])
+def test_predictor_eval_measures_recall(kind: str, tmp_path: Path) -> None:
+    model, file = save_toy("mixtral", tmp_path / "toy"), tmp_path / "recall.json"
+    arguments = ["--kind", kind, "--tokens", "64", "--length", "32", "--dtype", "float32", "--json", str(file)]
+    result = run("predictor", "eval", str(model), *arguments)
+    assert result.exit_code == 0
+    facts = json.loads(file.read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert (facts["kind"], facts["bits"], facts["model"], facts["tokens"]) == (kind, 8, "toy", 8 * 24)
+    assert 0 < facts["recall"] <= 1 and facts["interval"] >= 0
+    assert f"{kind}: recall {facts['recall']:.2%}" in result.stdout
+    assert list(facts["by_output_index"]) == ["1-24"] and len(facts["by_layer"]) == 3
+    assert (facts["by_layer"][0] is None) == (kind == "gate")
+    assert (facts["agreement"] is None) == (kind != "shadow")
+    assert (facts["bytes_per_token"] > 0) == (kind == "shadow")
+    assert kind != "shadow" or facts["recall"] > 0.8
+
+
+def test_predictor_eval_of_a_text_tells_no_agreement(tmp_path: Path) -> None:
+    text, file = tmp_path / "text", tmp_path / "recall.json"
+    text.write_text("It is a truth universally acknowledged, that a single man needs a wife. " * 20)
+    arguments = ["--kind", "history", "--tokens", "64", "--length", "32", "--text", str(text), "--json", str(file)]
+    assert run("predictor", "eval", *arguments).exit_code == 0
+    facts = json.loads(file.read_text())
+    assert facts["agreement"] is None and facts["tokens"] == 192 and 0 < facts["recall"] < 1
+
+
+def test_what_is_not_a_number_is_null_in_json() -> None:
+    facts = {"recall": 0.5, "interval": float("nan"), "by_output_index": {"1-8": float("nan")}, "by_layer": [None, 1.0]}
+    assert predicting.without_nan(facts) == facts | {"interval": None, "by_output_index": {"1-8": None}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "message"),
+    [
+        (["--kind", "resident"], None, "--kind resident forecasts from the slots of a device"),
+        (["--text", "text"], "Too short.", "fewer than --length 512: give more text, or less length"),
+        (["--text", "text"], " ", "is empty"),
+        (["--text", "text"], b"\xff\xfe", "is not a text file"),
+    ],
+)
+def test_predictor_eval_refuses_what_can_not_be_measured(
+    arguments: list[str], text: str | bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("text").write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = run("predictor", "eval", *arguments)
+    assert result.exit_code == 2
+    assert message in error_of(result)
+
+
+def test_predictor_eval_needs_a_tokenizer_for_text(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("word " * 200)
+    result = run("predictor", "eval", str(save_toy("mixtral", tmp_path / "toy")), "--text", str(text))
+    assert result.exit_code == 2
+    assert "--text needs a tokenizer, and the model has none" in error_of(result)
 
 
 # --- calibrate and tune ---------------------------------------------------------------------------------
@@ -470,6 +559,26 @@ def test_status_tells_settings_that_were_refused(capsys: pytest.CaptureFixture[s
     terminal.show_status(ClusterStats(app="demo", devices={}, engine=engine))
     shown = " ".join(capsys.readouterr().out.split())
     assert "New settings were refused: user_config: scheduling: alpha: is [2]; allowed is 0 to 1" in shown
+
+
+def test_status_shows_how_the_shadow_is(capsys: pytest.CaptureFixture[str]) -> None:
+    shadow = PredictorStats(
+        kind="shadow", state="healthy", pid=77, nbytes=3 << 20, steps=1200, wasted=31, guesses=9, right=8
+    )
+    terminal.show_status(ClusterStats(app="demo", devices={}, engine=engine_stats(recall=0.987), predictor=shadow))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Predictor: shadow, healthy, recall 98.7%, 1,200 steps (31 wasted), 3.0 MiB, PID 77" in shown
+
+
+def test_status_says_why_the_shadow_is_down(capsys: pytest.CaptureFixture[str]) -> None:
+    shadow = PredictorStats(kind="shadow", state="down", reason='predictor: no "cuda:7"\n on this [node]')
+    terminal.show_status(ClusterStats(app="demo", devices={}, predictor=shadow))
+    assert 'Predictor: shadow, down, predictor: no "cuda:7" on this [node]' in capsys.readouterr().out
+
+
+def test_status_without_a_predictor_says_nothing_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.show_status(ClusterStats(app="demo", devices={}, engine=engine_stats()))
+    assert "Predictor" not in capsys.readouterr().out
 
 
 def test_status_in_json_has_the_rates() -> None:

@@ -18,6 +18,7 @@ from raymoe.config import (
     ClusterConfig,
     DeviceConfig,
     ModelConfig,
+    PredictorConfig,
     SchedulingConfig,
     UserConfig,
     parse_size_bytes,
@@ -169,7 +170,7 @@ def test_configuration_cannot_be_changed() -> None:
 # --- scheduling -----------------------------------------------------------------------------------------
 
 WRONG_SCHEDULING = [
-    ({"policy": "lru"}, "policy: Input should be 'on_demand', 'all_resident' or 'importance'"),
+    ({"policy": "lru"}, "policy: Input should be 'on_demand', 'all_resident', 'importance' or 'on_demand_shadow'"),
     ({"alpha": -0.1}, "alpha: is -0.1; allowed is 0 to 1"),
     ({"alpha": 1.5}, "alpha: is 1.5; allowed is 0 to 1"),
     ({"alpha": float("nan")}, "alpha: is nan; allowed is 0 to 1"),
@@ -183,6 +184,8 @@ WRONG_SCHEDULING = [
     ({"score_window": 1025}, "score_window: is 1025; allowed is 1 to 1024"),
     ({"prefetch": "all"}, "prefetch: Input should be 'gate', 'resident' or 'none'"),
     ({"lookahead": 0}, "lookahead: is 0; allowed is 1 to 8"),
+    ({"group_size": 0}, "group_size: Input should be greater than or equal to 1"),
+    ({"group_size": -1}, "group_size: Input should be greater than or equal to 1"),
     ({"similarity": "weights"}, "similarity: Input should be 'score', 'coactivation' or 'output'"),
     ({"similarity": "output"}, 'similarity "output" needs "profile": make one with `raymoe calibrate MODEL -o FILE`'),
 ]
@@ -194,14 +197,20 @@ def test_wrong_scheduling_is_refused_with_what_is_allowed(fields: dict[str, Any]
     assert "scheduling" in told and message in told
 
 
-@pytest.mark.parametrize(("fields", "message"), [case for case in WRONG_SCHEDULING if "policy" not in case[0]])
+CHANGEABLE = [case for case in WRONG_SCHEDULING if not {"policy", "group_size"} & set(case[0])]
+
+
+@pytest.mark.parametrize(("fields", "message"), CHANGEABLE)
 def test_wrong_changes_are_refused_alike(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         SchedulingConfig().changed(fields)
     assert str(caught.value).startswith("scheduling: ") and message in str(caught.value)
 
 
-@pytest.mark.parametrize("fields", [{"policy": "importance"}, {"profile": "x"}, {"call_timeout_s": 3.0}])
+FIXED = [{"policy": "importance"}, {"profile": "x"}, {"call_timeout_s": 3.0}, {"group_size": 2}]
+
+
+@pytest.mark.parametrize("fields", FIXED)
 def test_what_is_fixed_while_the_model_runs_is_named(fields: dict[str, Any]) -> None:
     [name] = fields
     with pytest.raises(ConfigError, match=rf"scheduling\.{name} can't be changed while the model runs; restart it"):
@@ -242,6 +251,69 @@ def test_a_wrong_quality_names_what_is_allowed(quality: Any) -> None:
 )
 def test_which_devices_have_slots(fields: dict[str, Any], has_slots: bool) -> None:
     assert DeviceConfig.model_validate(device(**fields)).has_slots == has_slots
+
+
+# --- what foretells routing -----------------------------------------------------------------------------
+
+CACHELESS = {"policy": "on_demand_shadow"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "oracle"}, "predictor.kind: Input should be 'shadow', 'gate', 'resident' or 'history'"),
+        ({"bits": 5}, "predictor.bits: Input should be 16, 8, 4, 3 or 2"),
+        ({"bits": "eight"}, "predictor.bits: Input should be 16, 8, 4, 3 or 2"),
+        ({"token_align_every": -1}, "predictor.token_align_every: Input should be greater than or equal to 0"),
+        ({"kv_align_every": -1}, "predictor.kv_align_every: Input should be greater than or equal to 0"),
+        ({"kv_align_every": 0.5}, "predictor.kv_align_every: Input should be a valid integer"),
+        ({"run_ahead": "far"}, "predictor.run_ahead: Input should be a valid boolean"),
+        ({"device": "gpu"}, "predictor.device: String should match pattern"),
+        ({"device": "cuda"}, "predictor.device: String should match pattern"),
+        ({"threads": 0}, "predictor.threads: Input should be greater than or equal to 1"),
+        ({"bit": 8}, "predictor.bit: no such field; check the spelling"),
+    ],
+)
+def test_a_wrong_predictor_is_refused_with_what_is_allowed(fields: dict[str, Any], message: str) -> None:
+    assert message in refused({"scheduling": CACHELESS, "predictor": fields})
+
+
+@pytest.mark.parametrize("policy", ["on_demand", "all_resident", "importance"])
+def test_a_predictor_needs_the_policy_that_uses_it(policy: str) -> None:
+    message = refused({"scheduling": {"policy": policy}, "predictor": {}})
+    assert f'"predictor" is of policy "on_demand_shadow", but scheduling.policy is "{policy}"' in message
+    assert "change the policy, or remove the predictor" in message
+
+
+def test_the_resident_predictor_needs_local_devices() -> None:
+    data = {"devices": [device(), device(name="b", transport="local")], "scheduling": CACHELESS}
+    message = refused({**data, "predictor": {"kind": "resident"}})
+    assert 'predictor.kind "resident" computes with the slots of the engine\'s own process' in message
+    assert 'but edge-0 has another transport: set transport "local" for every device, or kind "gate"' in message
+    local = {**data, "devices": [device(transport="local")], "predictor": {"kind": "resident"}}
+    assert ClusterConfig.parse(local).predictor_kind == "resident"
+
+
+def test_a_predictor_keeps_its_policy() -> None:
+    config = ClusterConfig.parse({"scheduling": CACHELESS, "predictor": {"kind": "gate"}})
+    with pytest.raises(ConfigError, match='"predictor" is of policy "on_demand_shadow"'):
+        config.rescheduled(SchedulingConfig())
+    assert config.rescheduled(SchedulingConfig(policy="on_demand_shadow", alpha=0.1)).predictor == config.predictor
+
+
+def test_the_predictor_is_a_shadow_in_eight_bits_that_is_always_aligned_unless_told() -> None:
+    assert ClusterConfig.parse({"scheduling": CACHELESS}).predictor_kind is None
+    predictor = ClusterConfig.parse({"scheduling": CACHELESS, "predictor": {}}).predictor
+    assert predictor == PredictorConfig(
+        kind="shadow", bits=8, token_align_every=1, kv_align_every=1, run_ahead=True, device="cpu"
+    )
+
+
+def test_a_configuration_with_a_predictor_survives_json() -> None:
+    config = ClusterConfig.parse(
+        {"scheduling": {**CACHELESS, "group_size": 4}, "predictor": {"bits": 3, "node_labels": {"box": "a"}}}
+    )
+    assert ClusterConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 # --- defaults -------------------------------------------------------------------------------------------

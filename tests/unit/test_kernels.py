@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from predictor.quantize import matrix_form
 from raymoe.experts.compute import WeightTable
 from raymoe.kernels import native
 from raymoe.kernels.native import NativeKernels, load_native
@@ -155,3 +156,56 @@ def test_without_a_working_compiler_there_are_none(unloaded: pytest.MonkeyPatch,
     unloaded.setenv("CXX", "/bin/false")
     unloaded.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert load_native(1) is None
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
+@DTYPES
+@pytest.mark.parametrize("hidden,inner", [(40, 24), (64, 128), (100, 36), (256, 64)])
+def test_quantized_experts(kernels: NativeKernels, bits: int, dtype: torch.dtype, hidden: int, inner: int) -> None:
+    form = matrix_form(bits)
+    firsts = [form.store(random(2 * inner, hidden + index, dtype=torch.float32)[:, :hidden]) for index in range(5)]
+    downs = [form.store(random(hidden, inner + index, dtype=torch.float32)[:, :inner]) for index in range(5)]
+    table = np.array(
+        [
+            [part.data_ptr() for matrix in pair for part in (matrix.codes, matrix.scales)]
+            for pair in zip(firsts, downs, strict=True)
+        ],
+        dtype=np.uint64,
+    )
+    x = random(3, hidden, dtype=dtype) / hidden**0.5
+    index = np.array([4, 0, 0, 2], dtype=np.int32)
+    rows = np.array([0, 2, 1, 2], dtype=np.int32)
+    out = torch.full((4, hidden), torch.nan, dtype=dtype)
+    kernels.quantized_experts(bits, table.ctypes.data, index, x, rows, inner, out)
+    for pair in range(4):
+        first = form.restore(firsts[index[pair]], (2 * inner, hidden), torch.float32)
+        down = form.restore(downs[index[pair]], (hidden, inner), torch.float32)
+        gate, up = nn.functional.linear(x[rows[pair]].float(), first).chunk(2)
+        assert close(out[pair], nn.functional.linear(nn.functional.silu(gate) * up, down), dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (130, 100)])
+def test_restored_weights_are_those_of_the_form(kernels: NativeKernels, bits: int, shape: tuple[int, int]) -> None:
+    form = matrix_form(bits)
+    stored = form.store(random(*shape, dtype=torch.float32))
+    guarded = torch.full((shape[0] + 1, shape[1]), torch.nan)
+    kernels.restore(bits, stored.codes, stored.scales, guarded[:-1])
+    assert torch.allclose(guarded[:-1], form.restore(stored, shape, torch.float32), rtol=1e-6, atol=1e-6)
+    assert guarded[-1].isnan().all()  # nothing was written behind the matrix
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
+def test_threads_do_not_change_a_bit_of_quantized_experts(kernels: NativeKernels, bits: int) -> None:
+    many = load_native(4)
+    assert many is not None
+    form = matrix_form(bits)
+    first, down = form.store(random(512, 256, dtype=torch.float32)), form.store(random(256, 256, dtype=torch.float32))
+    table = np.array([[part.data_ptr() for part in (first.codes, first.scales, down.codes, down.scales)]], np.uint64)
+    x, zero = random(1, 256, dtype=torch.float32), np.zeros(1, dtype=np.int32)
+    alone, together = torch.empty(1, 256), torch.empty(1, 256)
+    kernels.quantized_experts(bits, table.ctypes.data, zero, x, zero, 256, alone)
+    for _ in range(20):
+        together.fill_(torch.nan)
+        many.quantized_experts(bits, table.ctypes.data, zero, x, zero, 256, together)
+        assert torch.equal(alone, together)

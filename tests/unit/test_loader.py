@@ -78,6 +78,28 @@ def test_a_cancelled_load_ends_before_its_next_piece() -> None:
     assert target["w"].item() == 0.0 and link.order == [1.0]
 
 
+def test_cancelled_loads_end_before_anything_else_goes_on_and_the_loader_says_so() -> None:
+    link, told = GatedLink(), threading.Event()
+    loader = ThreadLoader(link, "test")
+    tickets = [loader.start({"w": torch.tensor([n])}, {"w": torch.zeros(1)}, 4, PREFETCH) for n in (1.0, 2.0, 3.0)]
+    assert link.entered.wait(TIMEOUT_S)
+    ended: list[list[bool]] = []
+
+    def note() -> None:
+        ended.append([ticket.is_done() for ticket in tickets])
+        told.set()
+
+    loader.on_idle = note
+    tickets[2].cancel()
+    link.gate.set()
+    assert told.wait(TIMEOUT_S)
+    for ticket in tickets:
+        ticket.wait(TIMEOUT_S)
+    loader.close()
+    assert ended[0] == [False, False, True], "though it came last"
+    assert link.order == [1.0, 1.0, 2.0, 2.0]
+
+
 def test_the_loader_says_when_it_is_idle() -> None:
     link, idle = GatedLink(), threading.Event()
     link.gate.set()

@@ -26,7 +26,17 @@ LAST = {
     "finish_reason": "stop",
     "usage": Usage(prompt_tokens=3, completion_tokens=2),
     "routing": Routing(
-        hits=3, misses=1, hosted=1, loads=2, bytes_loaded=200, calls=1, decisions=2, substituted=1, replaced_mass=0.5
+        hits=3,
+        misses=1,
+        hosted=1,
+        loads=2,
+        bytes_loaded=200,
+        calls=1,
+        decisions=2,
+        substituted=1,
+        replaced_mass=0.5,
+        foretellable=4,
+        foretold=2,
     ),
 }
 COST = {
@@ -38,6 +48,7 @@ COST = {
     "hosted": 1,
     "loads": 2,
     "bytes_loaded": 200,
+    "recall": 0.5,
 }
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "routing": COST}
 ANSWER = [

@@ -1,77 +1,23 @@
 """Slots and loads together: hits, misses, prefetches, host assist, and failures that surface where they belong."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
 
-from raymoe.checkpoint.checkpoint import ExpertTensors
 from raymoe.errors import LoadCancelledError
+from raymoe.experts.bay import Step
 from raymoe.experts.costs import Cost
 from raymoe.experts.host_store import HostStore
-from raymoe.experts.link import MemoryLink
 from raymoe.experts.loader import ON_DEMAND, PREFETCH
-from raymoe.experts.shelf import Shelf, Step
+from raymoe.experts.shelf import Shelf
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.placement.keeping import Keeper
 from raymoe.types import ExpertKey
+from tests.manual_loader import LOAD_S, ManualLoader
 
 EXPERT_BYTES = 8  # of the shelf's experts: two float32
-LOAD_S = 1000.0  # of the manual loader's link: far longer than any test, so that no load is ever half done by itself
-
-
-@dataclass
-class ManualTicket:
-    """A load that ends when the test says so, or at the latest when someone waits for it."""
-
-    copy: Callable[[], None]
-    done: bool = False
-    error: BaseException | None = None
-    hurried: bool = False
-
-    def is_done(self) -> bool:
-        return self.done
-
-    def wait(self, timeout_s: float) -> None:
-        self.finish()
-
-    def finish(self) -> None:
-        if not self.done and self.error is None:
-            self.copy()
-        self.done = True
-
-    def hurry(self) -> None:
-        self.hurried = True
-
-    def cancel(self) -> None:
-        self.error = LoadCancelledError("cancelled")
-        self.done = True
-
-    def link_s(self) -> float | None:
-        return LOAD_S if self.done and self.error is None else None
-
-
-@dataclass
-class ManualLoader:
-    """Notes every load; ``fails`` names experts whose loads end in an error."""
-
-    fails: set[int] = field(default_factory=set)
-    started: list[tuple[int, int]] = field(default_factory=list)
-    tickets: dict[int, ManualTicket] = field(default_factory=dict)
-    on_idle: Callable[[], None] = lambda: None
-
-    def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> ManualTicket:
-        identifier = int(source["down_proj"].item())
-        error = OSError(f"expert {identifier} is unreadable") if identifier in self.fails else None
-        ticket = ManualTicket(lambda: list(MemoryLink().pieces(source, target, nbytes)), error=error)
-        self.started.append((identifier, priority))
-        self.tickets[identifier] = ticket
-        return ticket
-
-    def close(self) -> None:
-        pass
 
 
 def make_shelf(

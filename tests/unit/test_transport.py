@@ -17,14 +17,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from raymoe.errors import ExpertUnavailableError, FrameError
-from raymoe.experts.call import ExpertAnswer, ExpertCall, expert_id, layer_and_expert
+from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder, expert_id, layer_and_expert
 from raymoe.placement.state import ClusterState
 from raymoe.transport.client import WorkerClient
 from raymoe.transport.frames import (
     DTYPES,
     HEADER,
-    LOAD_S,
     MAX_TEXT_BYTES,
+    TIMES,
     Header,
     Kind,
     Limits,
@@ -33,18 +33,22 @@ from raymoe.transport.frames import (
     pack_call,
     pack_experts,
     pack_forecast,
+    pack_forget,
+    pack_order,
     pack_text,
     parse_answer,
     parse_call,
     parse_experts,
     parse_forecast,
+    parse_forget,
     parse_header,
+    parse_order,
     parse_text,
 )
 from raymoe.transport.placement import OnForecast, OrderDesk, PlacementClient, PlacementServer
 from raymoe.transport.server import WorkerServer
 from raymoe.transport.sockets import Endpoint, KeyPair, client_socket, server_socket
-from raymoe.types import DeviceName, ExpertKey
+from raymoe.types import DeviceName, ExpertKey, StepId
 
 LIMITS = Limits(layers=8, rows=64, pairs=256, hidden=64, experts=32, changes=64, body_bytes=1 << 16)
 EDGE, OTHER = DeviceName("edge"), DeviceName("other")
@@ -54,6 +58,9 @@ TIMEOUT_S = 30.0
 def wire(message: Message) -> list[bytes]:
     """What arrives at the other end."""
     return [bytes(memoryview(np.ascontiguousarray(part)).cast("B")) if len(part) else b"" for part in message]
+
+
+steps = st.builds(StepId, sequence=st.integers(0, (1 << 64) - 1), position=st.integers(0, (1 << 32) - 1))
 
 
 @st.composite
@@ -70,6 +77,7 @@ def calls(draw: st.DrawFn) -> ExpertCall:
         experts_P=np.array(experts, dtype=np.int32),
         rows_P=np.array(of_rows, dtype=np.int32),
         scores_E=None if scores is None else np.array(scores, dtype=np.float32),
+        step=draw(st.none() | steps),
     )
 
 
@@ -88,6 +96,7 @@ def answers(draw: st.DrawFn) -> ExpertAnswer:
         loaded=draw(identifiers),
         evicted=draw(identifiers),
         load_s=draw(st.none() | st.floats(2**-20, 128, width=32)),
+        compute_s=draw(st.floats(0, 128, width=32)),
     )
 
 
@@ -96,6 +105,17 @@ def forecasts(draw: st.DrawFn) -> tuple[int, np.ndarray, np.ndarray]:
     named = draw(st.lists(st.tuples(st.integers(0, LIMITS.experts - 1), st.floats(0, 1, width=32)), max_size=16))
     experts, worths = [expert for expert, _ in named], [worth for _, worth in named]
     return draw(st.integers(0, LIMITS.layers - 1)), np.array(experts, np.int64), np.array(worths, np.float32)
+
+
+@st.composite
+def load_orders(draw: st.DrawFn) -> LoadOrder:
+    experts = draw(st.lists(st.integers(0, LIMITS.experts - 1), max_size=16))
+    return LoadOrder(
+        step=draw(steps),
+        epoch=draw(st.integers(0, (1 << 32) - 1)),
+        layer=draw(st.integers(0, LIMITS.layers - 1)),
+        experts=np.array(experts, dtype=np.int32),
+    )
 
 
 # --- round trips ----------------------------------------------------------------------------------------
@@ -117,6 +137,7 @@ def test_calls_survive_the_round_trip(call: ExpertCall, request_number: int) -> 
     header = parse_header(first, LIMITS)
     parsed = parse_call(header, body, LIMITS)
     assert (header.kind, header.request, parsed.layer) == (Kind.CALL, request_number, call.layer)
+    assert parsed.step == call.step
     assert parsed.hidden_RH.dtype == call.hidden_RH.dtype
     assert torch.equal(parsed.hidden_RH, call.hidden_RH)
     assert parsed.experts_P.tolist() == call.experts_P.tolist()
@@ -136,7 +157,7 @@ def test_answers_survive_the_round_trip(answer: ExpertAnswer, request_number: in
     assert torch.equal(parsed.output_PH, answer.output_PH)
     for name in ("hits", "misses", "hosted", "loads", "bytes_loaded", "loaded", "evicted"):
         assert getattr(parsed, name) == getattr(answer, name)
-    assert parsed.load_s == (answer.load_s if answer.loaded or answer.evicted else None)
+    assert (parsed.load_s, parsed.compute_s) == (answer.load_s, answer.compute_s)
 
 
 @given(st.text())
@@ -166,6 +187,23 @@ def test_forecasts_survive_the_round_trip(forecast: tuple[int, np.ndarray, np.nd
     assert (layer, experts.tolist(), worths.tolist()) == (forecast[0], forecast[1].tolist(), forecast[2].tolist())
 
 
+@given(load_orders())
+def test_load_orders_survive_the_round_trip(order: LoadOrder) -> None:
+    first, *body = wire(pack_order(order))
+    header = parse_header(first, LIMITS)
+    parsed = parse_order(header, body, LIMITS)
+    assert header.kind is Kind.ORDER
+    assert (parsed.step, parsed.epoch, parsed.layer) == (order.step, order.epoch, order.layer)
+    assert parsed.experts.dtype == np.int32 and parsed.experts.tolist() == order.experts.tolist()
+
+
+@given(st.integers(0, (1 << 64) - 1))
+def test_ended_sequences_survive_the_round_trip(sequence: int) -> None:
+    first, *body = wire(pack_forget(sequence))
+    header = parse_header(first, LIMITS)
+    assert (header.kind, parse_forget(header, body, LIMITS)) == (Kind.FORGET, sequence)
+
+
 @given(st.integers(0, 1 << 14), st.integers(0, (1 << 16) - 1))
 def test_expert_ids_are_reversible(layer: int, expert: int) -> None:
     assert layer_and_expert(expert_id(layer, expert)) == (layer, expert)
@@ -189,7 +227,9 @@ def some_call(hidden: torch.Tensor | None = None, layer: int = 0) -> ExpertCall:
 
 # --- malformed frames -----------------------------------------------------------------------------------
 
-PARSERS: tuple[Callable[..., Any], ...] = (parse_call, parse_answer, parse_text, parse_experts, parse_forecast)
+PARSERS: tuple[Callable[..., Any], ...] = (
+    parse_call, parse_answer, parse_text, parse_experts, parse_forecast, parse_order, parse_forget,
+)  # fmt: skip
 
 
 def check_parsers(frames: list[bytes]) -> None:
@@ -219,6 +259,8 @@ messages = st.one_of(
         lambda ids: wire(pack_experts(Kind.PREFETCH, 1, ids, [0.5] * len(ids)))
     ),
     forecasts().map(lambda forecast: wire(pack_forecast(*forecast))),
+    load_orders().map(lambda order: wire(pack_order(order))),
+    st.integers(0, 99).map(lambda sequence: wire(pack_forget(sequence))),
 )
 
 
@@ -268,7 +310,7 @@ def test_a_damaged_body_is_refused_or_stays_within_its_bounds(call: ExpertCall, 
 
 def header_with(**fields: int) -> bytes:
     values = {
-        "magic": b"RMOE", "version": 2, "kind": 1, "dtype": 0, "reserved": 0, "request": 1, "layer": 0, "rows": 1,
+        "magic": b"RMOE", "version": 3, "kind": 1, "dtype": 0, "reserved": 0, "request": 1, "layer": 0, "rows": 1,
         "pairs": 1, "hidden": 1, "a": 0, "b": 0, "c": 0, "d": 0, "e": 0, "f": 0, "big": 0,
     } | fields  # fmt: skip
     return HEADER.pack(*values.values())
@@ -280,7 +322,7 @@ def header_with(**fields: int) -> bytes:
         (b"", "a header has 64 bytes, this frame has 0"),
         (b"x" * 55, "a header has 64 bytes, this frame has 55"),
         (header_with(magic=b"HTTP"), "wrong magic"),
-        (header_with(version=9), "frame version 9, expected 2: all nodes must run the same raymoe release"),
+        (header_with(version=9), "frame version 9, expected 3: all nodes must run the same raymoe release"),
         (header_with(kind=0), "unknown message kind 0"),
         (header_with(kind=200), "unknown message kind 200"),
         (header_with(dtype=3), "unknown dtype code 3"),
@@ -301,6 +343,7 @@ def test_what_is_wrong_with_a_header_is_named(header: bytes, message: str) -> No
         ({"rows": 0}, [b"", bytes(4), bytes(4)], "at least one row"),
         ({"pairs": 0}, [bytes(4), b"", b""], "at least one row, one pair"),
         ({"a": 33}, [bytes(4), bytes(4), bytes(4), bytes(132)], "33 scores, the limit is 32"),
+        ({"c": 2}, [bytes(4), bytes(4), bytes(4)], "a call belongs to one step or none, not to 2"),
         ({}, [bytes(4), bytes(4)], r"buffers of \[4, 4\] bytes, expected \[4, 4, 4\]"),
         ({}, [bytes(8), bytes(4), bytes(4)], r"buffers of \[8, 4, 4\] bytes, expected"),
         ({}, [bytes(4), (32).to_bytes(4, "little"), bytes(4)], "experts of a call must lie within 0 and 31"),
@@ -317,7 +360,7 @@ def test_what_is_wrong_with_a_call_is_named(fields: dict[str, int], body: list[b
 def test_a_body_beyond_the_limit_is_refused_before_it_is_looked_at() -> None:
     limits = Limits(body_bytes=100)
     header = Header(kind=Kind.ANSWER, dtype=torch.float32, request=1, pairs=100, hidden=100)
-    with pytest.raises(FrameError, match="a body of 40,000 bytes, the limit is 100"):
+    with pytest.raises(FrameError, match="a body of 40,008 bytes, the limit is 100"):
         parse_answer(header, [], limits)
 
 
@@ -330,8 +373,8 @@ def test_too_many_residency_changes_are_refused() -> None:
 @pytest.mark.parametrize("load_s", [-1.0, float("nan"), float("inf")])
 def test_a_load_that_takes_no_time_at_all_is_refused(load_s: float) -> None:
     header = parse_header(header_with(kind=2, c=1), LIMITS)
-    with pytest.raises(FrameError, match="which is no time"):
-        parse_answer(header, [bytes(4), LOAD_S.pack(load_s) + bytes(4)], LIMITS)
+    with pytest.raises(FrameError, match="which are no times"):
+        parse_answer(header, [bytes(4), TIMES.pack(load_s, 0.0) + bytes(4)], LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -341,12 +384,38 @@ def test_a_load_that_takes_no_time_at_all_is_refused(load_s: float) -> None:
         ({"a": 33}, [bytes(132), bytes(132)], "a forecast of 33 experts, the limit is 32"),
         ({"a": 1}, [bytes(4)], r"buffers of \[4\] bytes, expected \[4, 4\]"),
         ({"a": 1}, [b"\xff" * 4, bytes(4)], "experts of a forecast must lie within 0 and 31"),
-        ({"a": 1}, [bytes(4), LOAD_S.pack(float("nan"))], "must be worth a finite number"),
+        ({"a": 1}, [bytes(4), np.array([np.nan], dtype=np.float32).tobytes()], "must be worth a finite number"),
     ],
 )
 def test_what_is_wrong_with_a_forecast_is_named(fields: dict[str, int], body: list[bytes], message: str) -> None:
     with pytest.raises(FrameError, match=message):
         parse_forecast(parse_header(header_with(kind=8, **fields), LIMITS), body, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "body", "message"),
+    [
+        ({"layer": 8}, [], "an order for layer 8, but there are 8"),
+        ({"a": 33}, [bytes(132)], "an order of 33 experts, the limit is 32"),
+        ({"a": 2}, [bytes(4)], r"buffers of \[4\] bytes, expected \[8\]"),
+        ({"a": 1}, [b"\xff" * 4], "experts of an order must lie within 0 and 31"),
+        ({"a": 1}, [(32).to_bytes(4, "little")], "experts of an order must lie within 0 and 31"),
+    ],
+)
+def test_what_is_wrong_with_an_order_is_named(fields: dict[str, int], body: list[bytes], message: str) -> None:
+    with pytest.raises(FrameError, match=message):
+        parse_order(parse_header(header_with(kind=9, **fields), LIMITS), body, LIMITS)
+
+
+@given(load_orders(), st.binary(max_size=64))
+def test_a_damaged_order_is_refused_or_stays_within_its_bounds(order: LoadOrder, noise: bytes) -> None:
+    first, body = wire(pack_order(order))
+    try:
+        parsed = parse_order(parse_header(first, LIMITS), [noise[: len(body)] + body[len(noise) :]], LIMITS)
+    except FrameError:
+        return
+    assert len(parsed.experts) == len(order.experts)
+    assert all(0 <= expert < LIMITS.experts for expert in parsed.experts.tolist())
 
 
 def test_too_many_orders_are_refused() -> None:
@@ -375,6 +444,8 @@ class FakeWorker:
     order_error: Exception | None = None
     orders: list[tuple[int, dict[int, float]]] = field(default_factory=list)
     ordered: threading.Event = field(default_factory=threading.Event)
+    load_orders: list[tuple[StepId, int, int, list[int]]] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)
     calls: int = 0
 
     def __post_init__(self) -> None:
@@ -393,6 +464,12 @@ class FakeWorker:
         self.ordered.set()
         if self.order_error is not None:
             raise self.order_error
+
+    def order(self, order: LoadOrder) -> None:
+        self.load_orders.append((order.step, order.epoch, order.layer, order.experts.tolist()))
+
+    def forget(self, sequence: int) -> None:
+        self.forgotten.append(sequence)
 
 
 @dataclass
@@ -536,12 +613,15 @@ def test_malformed_messages_are_dropped_and_counted_and_the_server_lives_on(wire
 
 def test_malformed_orders_are_dropped_and_counted(wired: Wired) -> None:
     with raw_socket(wired.endpoint.control, wired.endpoint.public_key, wired.keys) as socket:
-        for message in ([b""], [header_with()], [header_with(kind=6, a=2)], [header_with(kind=6, a=1), b"", b"", b""]):
+        for message in (
+            [b""], [header_with()], [header_with(kind=6, a=2)], [header_with(kind=6, a=1), b"", b"", b""],
+            [header_with(kind=9, a=1)], [header_with(kind=10), b"x"],
+        ):  # fmt: skip
             socket.send_multipart(message)
         socket.send(header_with(kind=4))
         assert parse_header(socket.recv_multipart()[0], LIMITS).kind is Kind.PONG
-    assert wired.servers[EDGE].dropped == 4
-    assert wired.workers[EDGE].orders == []
+    assert wired.servers[EDGE].dropped == 6
+    assert wired.workers[EDGE].orders == wired.workers[EDGE].load_orders == []
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -606,6 +686,23 @@ def test_prefetch_orders_arrive_layer_by_layer(wired: Wired) -> None:
     assert wired.workers[EDGE].orders == [(0, {2: 0.25}), (1, {5: 0.5, 3: 0.125})]
 
 
+def test_load_orders_and_ends_of_sequences_arrive_in_order(wired: Wired) -> None:
+    step = StepId(sequence=1 << 40, position=7)
+    wired.client.order(EDGE, LoadOrder(step=step, epoch=2, layer=1, experts=np.array([5, 3], dtype=np.int32)))
+    wired.client.forget(EDGE, step.sequence)
+    assert wired.client.ping(EDGE, TIMEOUT_S) is not None, "the control thread works in order"
+    assert wired.workers[EDGE].load_orders == [(step, 2, 1, [5, 3])]
+    assert wired.workers[EDGE].forgotten == [step.sequence]
+    assert wired.workers[OTHER].load_orders == []
+
+
+def test_an_order_for_a_layer_that_the_model_lacks_is_dropped_and_counted(wired: Wired) -> None:
+    step = StepId(sequence=1, position=0)
+    wired.client.order(EDGE, LoadOrder(step=step, epoch=0, layer=2, experts=np.zeros(1, dtype=np.int32)))
+    assert wired.client.ping(EDGE, TIMEOUT_S) is not None
+    assert wired.workers[EDGE].load_orders == [] and wired.servers[EDGE].dropped == 1
+
+
 def test_a_failing_order_does_not_silence_the_heartbeat(wired: Wired) -> None:
     wired.workers[EDGE].order_error = RuntimeError("no such slot")
     wired.client.prefetch(EDGE, [expert_id(1, 5)], [0.5])
@@ -637,6 +734,7 @@ def test_a_dead_worker_neither_blocks_nor_hoards(nobody: WorkerClient) -> None:
 def test_orders_to_a_dead_worker_are_dropped(nobody: WorkerClient) -> None:
     for _ in range(1000):
         nobody.prefetch(EDGE, [1], [0.5])
+        nobody.forget(EDGE, 1)
 
 
 def test_heartbeats_of_a_dead_worker_fail_even_with_a_full_queue(nobody: WorkerClient) -> None:
@@ -774,7 +872,7 @@ def test_a_desk_whose_keys_a_worker_does_not_know_orders_nothing_and_never_waits
     for _ in range(1000):
         desk.forecast(*FORECAST)
     desk.close()
-    assert wired.workers[EDGE].orders == []
+    assert wired.workers[EDGE].orders == wired.workers[EDGE].load_orders == []
 
 
 def test_forecasts_beyond_what_a_placement_actor_takes_are_dropped_and_counted() -> None:

@@ -1,6 +1,8 @@
 """The worker as a whole: budgets, exact results whatever the slots, what answers tell, and hosts that help."""
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,13 @@ from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import DeviceConfig, SchedulingConfig
 from raymoe.engine.dispatch import Changes, Dispatcher
 from raymoe.errors import CapacityError, ConfigError, ExpertUnavailableError
+from raymoe.experts.bays import share_slots
 from raymoe.experts.build import make_worker
-from raymoe.experts.call import ExpertAnswer, ExpertCall, expert_id, layer_and_expert
+from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder, expert_id, layer_and_expert
 from raymoe.experts.host_store import HostStore
 from raymoe.experts.link import EmulatedLink, Link, MemoryLink
-from raymoe.experts.worker import Begun, ExpertWorker, share_slots
-from raymoe.types import DeviceName, ExpertKey, LayerSize
+from raymoe.experts.worker import Begun, ExpertWorker
+from raymoe.types import DeviceName, ExpertKey, LayerSize, StepId
 from tests.toy_models import save_toy
 
 TIMEOUT_S = 30.0
@@ -339,6 +342,101 @@ def test_settings_change_while_the_worker_runs(checkpoint: Checkpoint) -> None:
 def test_a_device_without_a_host_beside_it_never_assists(checkpoint: Checkpoint) -> None:
     worker = make(checkpoint, 3, None, IMPORTANCE)
     assert sum(worker.compute(call).hosted for call in random_calls(10)) == 0
+    worker.close()
+
+
+# --- orders ---------------------------------------------------------------------------------------------
+
+CACHELESS = SchedulingConfig(policy="on_demand_shadow")
+
+
+def of_steps(calls: list[ExpertCall]) -> list[ExpertCall]:
+    """The calls as one sequence's: two layers a step."""
+    return [
+        replace(call, layer=number % 2, step=StepId(sequence=7, position=number // 2))
+        for number, call in enumerate(calls)
+    ]
+
+
+def order_of(call: ExpertCall, experts: list[int]) -> LoadOrder:
+    assert call.step is not None
+    return LoadOrder(step=call.step, epoch=0, layer=call.layer, experts=np.array(experts, dtype=np.int32))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 6])
+@pytest.mark.parametrize("truth", [0.0, 0.5, 1.0])
+def test_without_a_cache_results_are_those_of_everything_resident(
+    checkpoint: Checkpoint, slots: int, truth: float
+) -> None:
+    """Whatever was ordered: orders run two calls ahead, and name other experts than are needed as often as told."""
+    random = np.random.default_rng(slots)
+    resident, worker = make(checkpoint, 16), make(checkpoint, slots, scheduling=CACHELESS)
+    resident.load_all()
+    calls = of_steps(random_calls(24))
+    for number, call in enumerate(calls):
+        for coming in calls[:3] if number == 0 else calls[number + 2 : number + 3]:
+            experts = np.unique(coming.experts_P)
+            guesses = np.where(random.random(len(experts)) < truth, experts, random.integers(0, 8, len(experts)))
+            worker.order(order_of(coming, guesses.tolist()))
+        assert torch.equal(worker.compute(call).output_PH, resident.compute(call).output_PH)
+        assert len(worker.report().resident) <= slots
+    worker.forget(7)
+    worker.close()
+    resident.close()
+
+
+def test_ordered_experts_are_hits_and_leave_after_use(checkpoint: Checkpoint) -> None:
+    worker = make(checkpoint, 3, scheduling=CACHELESS)
+    (call,) = of_steps(random_calls(1))
+    experts = np.unique(call.experts_P)[:3].tolist()
+    worker.order(order_of(call, experts))
+    until_ready(worker, call.layer, len(experts))
+    only = np.isin(call.experts_P, experts)
+    answer = worker.compute(replace(call, experts_P=call.experts_P[only], rows_P=call.rows_P[only]))
+    assert (answer.hits, answer.misses, answer.loads) == (only.sum(), 0, len(experts))
+    report = worker.report()
+    assert (report.resident, report.prefetches, report.evictions) == ((), len(experts), len(experts))
+    worker.close()
+
+
+def until_ready(worker: ExpertWorker, layer: int, experts: int) -> None:
+    """Wait until so many experts are loaded. They are on their way: a load that is asked for begins at once."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while worker.ready(layer).sum() < experts:
+        assert time.monotonic() < deadline
+
+
+def test_calls_that_nobody_foresaw_leave_no_expert_behind(checkpoint: Checkpoint) -> None:
+    worker, direct = make(checkpoint, 2, scheduling=CACHELESS), make(checkpoint, None)
+    for call in random_calls(6):
+        assert torch.equal(worker.compute(call).output_PH, direct.compute(call).output_PH)
+        assert worker.report().resident == ()
+    worker.close()
+
+
+def test_orders_of_experts_that_are_not_owned_are_ignored(checkpoint: Checkpoint) -> None:
+    worker = make(checkpoint, 2, scheduling=CACHELESS)
+    for layer, expert in ((0, 8), (0, -1), (0, 1 << 16), (-1, 0), (2, 0)):
+        (call,) = of_steps(random_calls(1))
+        worker.order(order_of(replace(call, layer=layer), [expert]))
+    assert worker.report().prefetches == 0
+    worker.close()
+
+
+@pytest.mark.parametrize("scheduling", [SchedulingConfig(), IMPORTANCE])
+def test_other_policies_take_no_orders(checkpoint: Checkpoint, scheduling: SchedulingConfig) -> None:
+    worker = make(checkpoint, 2, scheduling=scheduling)
+    (call,) = of_steps(random_calls(1))
+    worker.order(order_of(call, [1]))
+    worker.forget(7)
+    assert worker.report().resident == ()
+    worker.close()
+
+
+def test_without_a_cache_forecasts_of_worth_are_ignored(checkpoint: Checkpoint) -> None:
+    worker = make(checkpoint, 2, scheduling=CACHELESS)
+    worker.expect(1, np.array([7]), np.ones(1, dtype=np.float32))
+    assert worker.report().prefetches == 0
     worker.close()
 
 

@@ -1,0 +1,346 @@
+"""A cluster of plain processes on this machine: workers and a shadow behind real sockets, the engine in this one.
+
+Without Ray, so that its own processes don't share the two cores with what is measured. Links are emulated; their speed,
+the shadow's alignment and its honesty can be changed between measurements without a restart. Every worker process
+holds two workers over the same memory: one with everything resident, one without a cache.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from predictor.forecast import LayerForecast
+from predictor.shadow import Alignment, ShadowCounts
+from raymoe.actors.placement import cluster_fleet, hand_out
+from raymoe.actors.session import message_limits
+from raymoe.checkpoint.opening import open_checkpoint
+from raymoe.config import ClusterConfig
+from raymoe.engine.dispatch import Dispatcher
+from raymoe.engine.service import ModelService
+from raymoe.experts.link import EmulatedLink
+from raymoe.placement.ownership import Capacity, primary_owners
+from raymoe.transport.client import WorkerClient
+from raymoe.transport.shadow import ShadowClient
+from raymoe.transport.sockets import KeyPair
+from raymoe.types import DeviceName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Emulated devices: what each takes at least, in seconds per MoE layer. All of it is still computed.
+
+    A dozen processes on two cores measure how the cores are shared; devices of their own would not share them.
+    """
+
+    main_s: float = 0.0
+    worker_s: float = 0.0
+    shadow_s: float = 0.0
+
+
+START_TIMEOUT_S = 300
+ANSWER_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is measured: a checkpoint in float32, ``workers`` in groups of ``group_size``, and a shadow of ``bits``."""
+
+    model: Path
+    workers: int
+    group_size: int
+    slots: int
+    bits: int
+
+
+class Far:
+    """One process of the cluster, asked through a pipe."""
+
+    def __init__(self, name: str, target: Any, *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=target, args=(theirs, *args), name=name, daemon=True)
+        self._process.start()
+
+    def hear(self, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
+        """What it says next."""
+        if not self._pipe.poll(timeout_s):
+            raise TimeoutError(f"{self._process.name} says nothing for {timeout_s} s")
+        return self._pipe.recv()
+
+    def tell(self, something: Any) -> None:
+        """Send it something."""
+        self._pipe.send(something)
+
+    def ask(self, *question: Any) -> Any:
+        """Its answer."""
+        self.tell(question)
+        return self.hear()
+
+    def end(self) -> None:
+        """End it."""
+        self.tell(("stop",))
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+class Metronome:
+    """Lets no beat come sooner than ``beat_s`` after the one before."""
+
+    def __init__(self) -> None:
+        self.beat_s = 0.0
+        self._last_s = 0.0
+
+    def wait(self) -> None:
+        """Until the beat is due."""
+        remaining_s = self._last_s + self.beat_s - time.perf_counter()
+        if remaining_s > 0:
+            time.sleep(remaining_s)
+
+    def start(self) -> None:
+        """The next beat is due that long after now."""
+        self._last_s = time.perf_counter()
+
+
+def settle_down() -> None:
+    """One thread of torch, as a small device has to spare."""
+    torch.set_num_threads(1)
+
+
+def run_worker(pipe: Connection, config: ClusterConfig, index: int, clients: set[bytes]) -> None:
+    """A worker's process: both workers, each behind sockets of its own."""
+    from raymoe.experts.build import make_worker
+    from raymoe.transport.server import WorkerServer
+
+    settle_down()
+    checkpoint = open_checkpoint(config.model.source, config.model.dtype)
+    limits, sizes = message_limits(checkpoint), checkpoint.sizes()
+    device = config.devices[index]
+    owned = ownership_of(config, sizes)[DeviceName(device.name)]
+    cacheless = make_worker(checkpoint, device, config.scheduling)
+    cacheless.own(owned)
+    resident = make_worker(checkpoint, device.model_copy(update={"slot_memory": None, "link": None}))
+    resident.own(owned)
+    metronome = Metronome()
+    for worker in (cacheless, resident):
+        keep_pace(worker, metronome)
+    servers = {
+        name: WorkerServer(worker, "127.0.0.1", limits, set(clients))
+        for name, worker in (("cacheless", cacheless), ("resident", resident))
+    }
+    pipe.send({name: server.endpoint for name, server in servers.items()})
+    while (question := pipe.recv())[0] != "stop":
+        if question[0] == "link":
+            assert isinstance(cacheless._link, EmulatedLink)
+            cacheless._link.bytes_per_s = question[1]
+            pipe.send(None)
+        elif question[0] == "pace":
+            metronome.beat_s = question[1].worker_s
+            pipe.send(None)
+        elif question[0] == "report":
+            pipe.send(cacheless.report())
+    for server in servers.values():
+        server.close()
+    cacheless.close()
+    resident.close()
+
+
+def keep_pace(worker: Any, metronome: Metronome) -> None:
+    """Let a worker's computing take as long as an emulated device's; loads are waited for before."""
+    own = worker.finish
+
+    def finish(begun: Any) -> Any:
+        waited_s = time.perf_counter()
+        answer = own(begun)
+        # what was waited for loads is no computing: the pace begins with what was left after it
+        metronome._last_s = max(waited_s, time.perf_counter() - answer.compute_s)
+        metronome.wait()
+        return answer
+
+    worker.finish = finish
+
+
+def run_shadow(pipe: Connection, config: ClusterConfig, engine_key: bytes, keys: KeyPair) -> None:
+    """The shadow's process."""
+    import threading
+
+    from raymoe.engine.shadow_host import ShadowHost, alignment_of, build_shadow_model
+    from raymoe.transport.shadow import ShadowServer
+
+    settle_down()
+    assert config.predictor is not None
+    checkpoint = open_checkpoint(config.model.source, config.model.dtype)
+    limits, sizes = message_limits(checkpoint), checkpoint.sizes()
+    model = build_shadow_model(config.model, config.predictor)
+    server = ShadowServer("127.0.0.1", limits)
+    server.clients.keys.add(engine_key)
+    host = ShadowHost(model, alignment_of(config.predictor), server)
+    honest = host.shadow.on_forecast
+    pipe.send((server.endpoint, model.nbytes))
+    endpoints = pipe.recv()
+    names = [DeviceName(device.name) for device in config.devices]
+    fleet = cluster_fleet(config, sizes, ownership_of(config, sizes))
+    host.connect(endpoints, lambda: WorkerClient(endpoints, keys, limits), fleet, names)
+    thread = threading.Thread(target=host.run, name="shadow", daemon=True)
+    thread.start()
+    pipe.send("ready")
+    random, metronome = np.random.default_rng(0), Metronome()
+    routed = model.on_routed
+
+    def in_time(*arguments: Any) -> None:
+        metronome.wait()
+        metronome.start()
+        routed(*arguments)
+
+    model.on_routed = in_time
+
+    def at_random(forecast: LayerForecast) -> None:
+        """As many experts as were forecast, any of them."""
+        shape, experts = forecast.experts_TK.shape, forecast.scores_TE.shape[1]
+        drawn = np.stack([random.choice(experts, shape[1], replace=False) for _ in range(shape[0])])
+        honest(replace(forecast, experts_TK=drawn))
+
+    while (question := pipe.recv())[0] != "stop":
+        if question[0] == "align":
+            host.shadow.alignment = question[1]
+            host.shadow.on_forecast = at_random if question[2] else honest
+            pipe.send(None)
+        elif question[0] == "pace":
+            metronome.beat_s = question[1].shadow_s
+            pipe.send(None)
+        elif question[0] == "counts":
+            pipe.send((host.shadow.counts, host.failure and str(host.failure)))
+    host.stop()
+    thread.join(timeout=10)
+    server.close()
+
+
+def ownership_of(config: ClusterConfig, sizes: Any) -> Any:
+    """Every worker owns what its memory holds, which here is everything."""
+    capacities = [Capacity(device=DeviceName(device.name), host_bytes=1 << 40) for device in config.devices]
+    return hand_out(config, sizes, capacities, 1)
+
+
+class Cluster:
+    """All processes, and a service for each way to use them.
+
+    Attributes:
+        cacheless, unforetold, resident: engines over the same workers: with the shadow, without any forecast, and with
+            every expert resident at the same workers (hand-out as in the cacheless one, so that messages are alike).
+        shadow_bytes: of the shadow's weights.
+    """
+
+    def __init__(self, setup: Setup, stack: ExitStack) -> None:
+        self.setup = setup
+        self._metronome = Metronome()
+        self.checkpoint = open_checkpoint(setup.model, "float32")
+        self.sizes = self.checkpoint.sizes()
+        self.expert_bytes = max(size.expert_bytes for size in self.sizes)
+        self.config = self._config({"kind": "shadow", "bits": setup.bits})
+        self._names = [DeviceName(device.name) for device in self.config.devices]
+        self._ownership = ownership_of(self.config, self.sizes)
+        self._fleet = cluster_fleet(self.config, self.sizes, self._ownership)
+        self._limits = message_limits(self.checkpoint)
+        keys, shadow_keys = KeyPair.create(), KeyPair.create()
+        admitted = {keys.public, shadow_keys.public}
+        self._shadow = Far("shadow", run_shadow, self.config, keys.public, shadow_keys)
+        stack.callback(self._shadow.end)
+        self._workers = [Far(name, run_worker, self.config, index, admitted) for index, name in enumerate(self._names)]
+        for worker in self._workers:
+            stack.callback(worker.end)
+        endpoints = [worker.hear(START_TIMEOUT_S) for worker in self._workers]
+        shadow_endpoint, self.shadow_bytes = self._shadow.hear(START_TIMEOUT_S)
+        cacheless = {name: found["cacheless"] for name, found in zip(self._names, endpoints, strict=True)}
+        resident = {name: found["resident"] for name, found in zip(self._names, endpoints, strict=True)}
+        self._shadow.tell(cacheless)
+        self._shadow.hear(START_TIMEOUT_S)
+        link = ShadowClient(shadow_endpoint, keys, self._limits, setup.workers)
+        stack.callback(link.close)
+        self.cacheless = self._service(stack, WorkerClient(cacheless, keys, self._limits), self.config, link)
+        plain = self._config(None)
+        self.unforetold = self._service(stack, WorkerClient(cacheless, keys, self._limits), plain, None)
+        self.resident = self._service(stack, WorkerClient(resident, keys, self._limits), plain, None)
+
+    def _config(self, predictor: dict[str, Any] | None) -> ClusterConfig:
+        setup = self.setup
+        device = {"slot_memory": self.expert_bytes * setup.slots, "link": {"bytes_per_s": "1GB"}}
+        return ClusterConfig.parse(
+            {
+                "model": {"path": str(setup.model), "dtype": "float32"},
+                "devices": [{"name": f"w{index}", **device} for index in range(setup.workers)],
+                "scheduling": {"policy": "on_demand_shadow", "group_size": setup.group_size},
+                "predictor": predictor,
+                "trunk": {"threads": 1},
+            }
+        )
+
+    def _service(
+        self, stack: ExitStack, client: WorkerClient, config: ClusterConfig, link: ShadowClient | None
+    ) -> ModelService:
+        stack.callback(client.close)
+        owners = primary_owners(self.sizes, self._ownership, [1] * len(self.sizes))
+        dispatcher = Dispatcher(
+            self.sizes, owners, local={}, remote=client, timeout_s=120.0, fleet=self._fleet, devices=self._names
+        )
+        own = dispatcher.compute
+
+        def compute(*arguments: Any, **more: Any) -> torch.Tensor:
+            answer = own(*arguments, **more)
+            self._metronome.start()
+            return answer
+
+        dispatcher.compute = compute  # type: ignore[method-assign]
+        service = ModelService(self.checkpoint, config, dispatcher, link=link)
+        route = service.experts.route
+
+        def route_in_time(*arguments: Any) -> Any:
+            self._metronome.wait()
+            return route(*arguments)
+
+        service.experts.route = route_in_time  # type: ignore[method-assign]
+        stack.callback(service.close)
+        return service
+
+    def set_load(self, load_s: float) -> None:
+        """Let one load take so long on every link."""
+        for worker in self._workers:
+            worker.ask("link", self.expert_bytes / load_s)
+
+    def set_pace(self, pace: Pace) -> None:
+        """Emulate devices of this pace; ``Pace()`` is as fast as this machine can."""
+        self._metronome.beat_s = pace.main_s
+        for far in (*self._workers, self._shadow):
+            far.ask("pace", pace)
+
+    def align(self, alignment: Alignment, *, at_random: bool = False) -> None:
+        """How the shadow follows the model from the next sequence on, and whether it forecasts or draws lots."""
+        self._shadow.ask("align", alignment, at_random)
+
+    def counts(self) -> ShadowCounts:
+        """The shadow's totals. Raises RuntimeError where it has failed."""
+        counts, failure = self._shadow.ask("counts")
+        if failure:
+            raise RuntimeError(f"the shadow failed: {failure}")
+        return counts
+
+    def peak_slot_bytes(self) -> int:
+        """Of all workers."""
+        return sum(worker.ask("report").peak_slot_bytes for worker in self._workers)
+
+
+@contextmanager
+def cluster(setup: Setup) -> Iterator[Cluster]:
+    """Start everything, and end it."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    settle_down()
+    with ExitStack() as stack:
+        yield Cluster(setup, stack)

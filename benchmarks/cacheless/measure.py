@@ -1,0 +1,220 @@
+"""What is measured on a cacheless cluster, and how: time per token, its parts, the shadow's lead, time to first token.
+
+L MoE layers.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cacheless.cluster import Cluster
+from predictor.shadow import Alignment
+from raymoe.engine.cacheless import CachelessScheduler
+from raymoe.engine.forced import forced
+from raymoe.engine.service import ModelService
+from raymoe.placement.pipelining import DecodePipeline, hidden_load_s, predicted_tpot_s
+from raymoe.types import Routing
+
+WARM_STEPS = 8  # of each answer: the shadow gets into its stride
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One answer: median seconds per token after the first ones, and what its expert calls cost."""
+
+    tpot_s: float
+    ttft_s: float
+    tokens: tuple[int, ...]
+    routing: Routing
+
+
+def answer(service: ModelService, prompt: Sequence[int], tokens: int, **options: Any) -> Answer:
+    """Decode, and time every token. At temperature 1, unless the options say otherwise."""
+    times, found = [time.perf_counter()], []
+    routing = Routing()
+    asked = {"temperature": 1.0, "seed": 0, "ignore_eos": True, **options}
+    for chunk in service.stream(list(prompt), max_tokens=tokens, **asked):
+        times += [time.perf_counter()] * len(chunk.token_ids)
+        found += chunk.token_ids
+        routing = chunk.routing or routing
+    steps_s = np.diff(times[1 + WARM_STEPS :]) if tokens > WARM_STEPS + 1 else np.zeros(1)
+    return Answer(tpot_s=float(steps_s.mean()), ttft_s=times[1] - times[0], tokens=tuple(found), routing=routing)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTimes:
+    """A decode step's parts, in seconds: the main node's share of a layer, the group's with messages, and the rest."""
+
+    main_s: float
+    worker_s: float
+    head_s: float
+
+    def hidden_load_s(self, workers: int, group_size: int) -> float:
+        """The longest load that costs nothing."""
+        return hidden_load_s(workers, group_size, self.main_s, self.worker_s)
+
+
+@contextmanager
+def timed_calls(service: ModelService) -> Iterator[list[tuple[float, float]]]:
+    """While open, (begin, end) of each layer's expert calls."""
+    scheduler, calls = service.experts, []
+    own = scheduler.compute
+
+    def compute(*arguments: Any) -> Any:
+        begin_s = time.perf_counter()
+        try:
+            return own(*arguments)
+        finally:
+            calls.append((begin_s, time.perf_counter()))
+
+    scheduler.compute = compute  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        del scheduler.compute
+
+
+def layer_times(cluster: Cluster, prompt: Sequence[int], tokens: int) -> LayerTimes:
+    """With everything resident."""
+    layers = len(cluster.sizes)
+    with timed_calls(cluster.resident) as calls:
+        answer(cluster.resident, prompt, tokens)
+    steps = np.array(calls[layers * (1 + WARM_STEPS) :]).reshape(-1, layers, 2)
+    worker_s = float((steps[:, :, 1] - steps[:, :, 0]).mean())
+    main_s = float((steps[:, 1:, 0] - steps[:, :-1, 1]).mean())
+    token_s = float(np.diff(steps[:, 0, 0]).mean())
+    return LayerTimes(main_s=main_s, worker_s=worker_s, head_s=token_s - layers * (main_s + worker_s))
+
+
+@dataclass(slots=True)
+class Lead:
+    """How far the shadow is ahead when the main model comes to a layer: layers planned from there on, that one too."""
+
+    layers: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def watched(self, service: ModelService, count: int) -> Iterator[None]:
+        """While open, note the lead at every layer of every decode step."""
+        scheduler = service.experts
+        assert isinstance(scheduler, CachelessScheduler)
+        foresight = scheduler.foresight
+        own = foresight.plan
+
+        def plan(layer: int) -> Any:
+            found = own(layer)
+            step, lead = foresight.step, 0
+            if step is not None and not foresight.in_prompt:
+                position, at = step.position, layer
+                while foresight.book.plan(type(step)(sequence=step.sequence, position=position), at) is not None:
+                    lead += 1
+                    position, at = (position, at + 1) if at + 1 < count else (position + 1, 0)
+                self.layers.append(lead)
+            return found
+
+        foresight.plan = plan  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del foresight.plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A way to foretell, or not to."""
+
+    name: str
+    alignment: Alignment | None = None
+    at_random: bool = False
+    is_resident: bool = False
+
+    def run(self, cluster: Cluster, prompt: Sequence[int], tokens: int, **options: Any) -> Answer:
+        """One answer this way."""
+        if self.is_resident:
+            return answer(cluster.resident, prompt, tokens, **options)
+        if self.alignment is None:
+            return answer(cluster.unforetold, prompt, tokens, **options)
+        cluster.align(self.alignment, at_random=self.at_random)
+        return answer(cluster.cacheless, prompt, tokens, **options)
+
+
+RESIDENT = Variant(name="everything resident", is_resident=True)
+AHEAD = Variant(name="both alignments, run ahead", alignment=Alignment())
+ABLATION = (
+    Variant(name="1 both alignments", alignment=Alignment(run_ahead=0)),
+    Variant(name="2 token only", alignment=Alignment(kv_every=0, run_ahead=0)),
+    Variant(name="3 KV only", alignment=Alignment(token_every=0, run_ahead=0)),
+    Variant(name="4 none", alignment=Alignment(token_every=0, kv_every=0, run_ahead=0)),
+    Variant(name="5 random prefetch", alignment=Alignment(run_ahead=0), at_random=True),
+    Variant(name="6 load after routing"),
+)
+
+
+def in_turns(
+    cluster: Cluster, variants: Sequence[Variant], prompts: Sequence[Sequence[int]], tokens: int
+) -> dict[str, list[Answer]]:
+    """Each variant answers each prompt, in turns; an answer before that warms up."""
+    for variant in variants:
+        variant.run(cluster, prompts[0], WARM_STEPS + 4)
+    found: dict[str, list[Answer]] = {variant.name: [] for variant in variants}
+    for number, prompt in enumerate(prompts):
+        for variant in variants:
+            found[variant.name].append(variant.run(cluster, prompt, tokens, seed=number))
+    for name, answers in found.items():
+        for mine, theirs in zip(answers, found[variants[0].name], strict=True):
+            assert mine.tokens == theirs.tokens, f"{name} gave other tokens than {variants[0].name}"
+    return found
+
+
+def relative(found: dict[str, list[Answer]], name: str, base: str = RESIDENT.name) -> list[float]:
+    """Speed of a variant over the base's, answer by answer."""
+    return [theirs.tpot_s / mine.tpot_s for mine, theirs in zip(found[name], found[base], strict=True)]
+
+
+def predicted_s(cluster: Cluster, times: LayerTimes, load_s: float, **more: Any) -> float:
+    """What the timing model says of a link."""
+    setup = cluster.setup
+    groups = max(1, setup.workers // setup.group_size)
+    top_k = max(size.top_k for size in cluster.sizes)
+    loads = -(-top_k // setup.group_size)
+    pipeline = DecodePipeline(
+        layers=len(cluster.sizes),
+        groups=groups,
+        main_s=times.main_s,
+        worker_s=times.worker_s,
+        head_s=times.head_s,
+        load_s=load_s,
+        loads=loads,
+        spare_slots=setup.slots - loads,
+        **more,
+    )
+    return predicted_tpot_s(pipeline)
+
+
+def agreeing(service: ModelService, prompt: Sequence[int], tokens: int, rate: float, seed: int) -> list[int]:
+    """A text that a greedy guess gets right with about this probability: the model's own words, some exchanged."""
+    random = np.random.default_rng(seed)
+    text = list(prompt)
+    vocabulary = service.checkpoint.config.get_text_config().vocab_size
+    while len(text) < len(prompt) + tokens:
+        run = int(random.geometric(1 - rate)) - 1 if rate < 1 else tokens
+        if run > 0:
+            more = answer(service, text, min(run, tokens), temperature=0.0)
+            text += more.tokens
+        text.append(int(random.integers(vocabulary // 8, vocabulary)))
+    return text[: len(prompt) + tokens]
+
+
+def forced_tpot_s(service: ModelService, text: Sequence[int], prefix: int) -> tuple[float, Routing]:
+    """Seconds per token of given text."""
+    result = forced(service.runner, service.experts, [list(text)], prefix=prefix)
+    return float(result.step_s[WARM_STEPS:].mean()), result.routing
+
+
+def median_ms(values: Sequence[float]) -> str:
+    """In words."""
+    return f"{statistics.median(values) * 1e3:.1f} ms"

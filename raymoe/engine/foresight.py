@@ -1,0 +1,212 @@
+"""What the engine knows of routing to come: it tells the shadow how the model goes on, and books the plans.
+
+A plan says which experts a step is expected to need in a layer, and which worker was told to load each. It may come
+late, or be made anew after the shadow took a step back; the last one counts for recall, the one at hand for asking.
+
+T tokens, K experts per token, N experts of a plan.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from predictor.shadow import is_due
+from raymoe.config import PredictorConfig
+from raymoe.model.kv import abilities, entries, pack
+from raymoe.model.runner import SequenceState
+from raymoe.transport.shadow import Begin, End, News, Plan, Token
+from raymoe.types import Routing, SamplingRecipe, StepId
+
+log = logging.getLogger(__name__)
+
+SETTLED_AFTER = 2  # steps: by then the shadow has begun anew what it had to
+
+
+class ShadowLink(Protocol):
+    """The way to the shadow."""
+
+    moves: int
+
+    def tell(self, news: News) -> None:
+        """Send; never waits."""
+        ...
+
+    def receive(self, on_plan: Any) -> None:
+        """Hand on every plan that has come; never waits."""
+        ...
+
+
+class PlanBook:
+    """Plans of current and coming steps, and what steps really needed. For recall ([O] equations 2 and 3)."""
+
+    def __init__(self) -> None:
+        self._plans: dict[StepId, dict[int, Plan]] = {}
+        self._needed: dict[StepId, dict[int, np.ndarray]] = {}
+        self._named = 0
+        self._pairs = 0
+
+    def put(self, plan: Plan) -> None:
+        """Book a plan, unless a later epoch's is there."""
+        layers = self._plans.setdefault(plan.step, {})
+        before = layers.get(plan.layer)
+        if before is None or before.epoch <= plan.epoch:
+            layers[plan.layer] = plan
+
+    def plan(self, step: StepId, layer: int) -> Plan | None:
+        """The plan for a layer of a step, if there is one so far."""
+        return self._plans.get(step, {}).get(layer)
+
+    def needed(self, step: StepId, layer: int, experts_TK: np.ndarray) -> None:
+        """Note what the router has chosen."""
+        self._needed.setdefault(step, {})[layer] = experts_TK
+
+    def settle(self, sequence: int, position: int) -> None:
+        """Count and forget the steps of a sequence before ``position``."""
+        for step in [s for s in self._needed if s.sequence == sequence and s.position < position]:
+            plans = self._plans.get(step, {})
+            for layer, experts_TK in self._needed.pop(step).items():
+                self._pairs += experts_TK.size
+                if layer in plans:
+                    self._named += int(np.isin(experts_TK, plans[layer].experts_N).sum())
+        for step in [s for s in self._plans if s.sequence == sequence and s.position < position]:
+            del self._plans[step]
+
+    def forget(self, sequence: int) -> None:
+        """Plans of a sequence that are void, whatever their epoch."""
+        for step in [s for s in self._plans if s.sequence == sequence]:
+            del self._plans[step]
+
+    def take(self) -> Routing:
+        """(token, expert) pairs settled since the last take, and how many of them had been named."""
+        named, pairs, self._named, self._pairs = self._named, self._pairs, 0, 0
+        return Routing(foretold=named, foretellable=pairs)
+
+
+@dataclass(slots=True)
+class _Followed:
+    """A sequence that the shadow follows.
+
+    Attributes:
+        tokens: all so far, the one about to be read too.
+        prompt: how many of them the shadow was given to begin with.
+        unsent: the first position whose keys and values it lacks.
+        moves: of the link, when it was given them.
+        recipe: by which its tokens are chosen; answer: how many of its tokens were.
+        is_alignable: whether its cache keeps anything by position; None before it is known.
+    """
+
+    tokens: list[int]
+    prompt: int
+    unsent: int
+    moves: int
+    recipe: SamplingRecipe | None
+    answer: int = 0
+    is_alignable: bool | None = None
+
+
+@dataclass
+class Foresight:
+    """Follows sequences for a predictor. Used by the engine's thread.
+
+    Args:
+        config: of the predictor; None where there is none, so that nothing is booked.
+        link: to a shadow; None for predictors in this process.
+
+    Attributes:
+        step: the forward under way; None where nothing is foretold or ordered.
+        in_prompt: whether that reads a prompt, of which nothing is foretold.
+        on_plan: told of each plan that comes from the shadow.
+        on_anew: told of a sequence that another shadow takes up, which makes all orders for it so far void.
+    """
+
+    config: PredictorConfig | None = None
+    link: ShadowLink | None = None
+    book: PlanBook = field(default_factory=PlanBook)
+    step: StepId | None = None
+    in_prompt: bool = False
+    on_plan: Callable[[Plan], None] = lambda plan: None
+    on_anew: Callable[[int], None] = lambda sequence: None
+    _followed: dict[int, _Followed] = field(default_factory=dict)
+
+    def begin(self, sequence: int, prompt: Sequence[int], recipe: SamplingRecipe | None = None) -> None:
+        """The model reads a prompt, and chooses by this recipe what follows."""
+        self.step, self.in_prompt = StepId(sequence=sequence, position=0), True
+        if self.config is not None:
+            self._begin(sequence, list(prompt), recipe)
+
+    def read(self, sequence: int, token: int, state: SequenceState) -> None:
+        """The model is about to read one more token of a sequence."""
+        self.step, self.in_prompt = None, False
+        followed = self._followed.get(sequence)
+        if followed is None:
+            return
+        position = len(followed.tokens)
+        followed.tokens.append(token)
+        followed.answer += 1
+        self.step = StepId(sequence=sequence, position=position)
+        if self.link is not None:
+            if self.link.moves != followed.moves:  # another shadow, or the same after a restart, knows nothing
+                self.on_anew(sequence)
+                self.book.forget(sequence)
+                self._begin(sequence, followed.tokens, followed.recipe, followed.answer)
+            else:
+                self.link.tell(self._news(self.step, token, followed, state))
+        self.book.settle(sequence, position - SETTLED_AFTER)
+
+    def end(self, sequence: int) -> None:
+        """A sequence is finished."""
+        self.step, self.in_prompt = None, False
+        if sequence not in self._followed:
+            return
+        if self.link is not None:
+            self.link.receive(self._put)
+            self.link.tell(End(sequence=sequence))
+        del self._followed[sequence]
+        self.book.settle(sequence, 1 << 62)
+
+    def plan(self, layer: int) -> Plan | None:
+        """Who was told to load what for a layer of the step under way, as far as is known now."""
+        if self.step is None or self.in_prompt:
+            return None
+        if self.link is not None:
+            self.link.receive(self._put)
+        return self.book.plan(self.step, layer)
+
+    def routed(self, layer: int, experts_TK: np.ndarray) -> None:
+        """The router has chosen these experts."""
+        if self.step is not None and not self.in_prompt:
+            self.book.needed(self.step, layer, experts_TK)
+
+    def _put(self, plan: Plan) -> None:
+        if plan.step.sequence in self._followed:  # else it comes too late for a sequence that has ended
+            self.book.put(plan)
+            self.on_plan(plan)
+
+    def _news(self, step: StepId, token: int, followed: _Followed, state: SequenceState) -> Token:
+        """The token, and where they are due the keys and values since they were last sent."""
+        assert self.config is not None
+        every, start = self.config.kv_align_every, followed.unsent
+        due = is_due(every, step.position - followed.prompt) and start < step.position
+        cache = state.kwargs.get("past_key_values")
+        if followed.is_alignable is None:
+            followed.is_alignable = bool(abilities(cache).alignable)
+        if not due or cache is None or not followed.is_alignable:
+            return Token(step=step, token=token)
+        try:
+            mine = entries(cache, start, step.position)
+        except ValueError:  # a window has moved on: these are lost, and a forecast is worth no request
+            log.warning("keys and values from position %d on are gone", start, exc_info=True)
+            followed.unsent = step.position
+            return Token(step=step, token=token)
+        followed.unsent = step.position
+        return Token(step=step, token=token, start=start, count=mine.tokens, dtype=mine.dtype, entries=pack(mine))
+
+    def _begin(self, sequence: int, tokens: list[int], recipe: SamplingRecipe | None, answer: int = 0) -> None:
+        """Give the shadow all tokens of a sequence so far, of which ``answer`` were chosen by the recipe."""
+        if self.link is not None:
+            self.link.tell(Begin(sequence=sequence, tokens=tuple(tokens), recipe=recipe, first=answer))
+        moves = self.link.moves if self.link is not None else 0
+        self._followed[sequence] = _Followed(tokens, len(tokens), len(tokens), moves, recipe, answer)

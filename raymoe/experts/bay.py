@@ -1,0 +1,241 @@
+"""What every set of slots does, whatever decides who sits in them: loads into slots, landing, counting, telling.
+
+Serialised by one lock, since orders come from another thread than layer calls, and the loader asks on its own for what
+to do next. P pairs, E experts.
+"""
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from raymoe.errors import LoadCancelledError
+from raymoe.experts.call import layer_and_expert
+from raymoe.experts.costs import Cost
+from raymoe.experts.host_store import HostStore
+from raymoe.experts.loader import ON_DEMAND, Loader, Ticket
+from raymoe.experts.slots import Residency, SlotPool
+from raymoe.observe.trace import Span, Tracer
+from raymoe.types import StepId
+
+LOAD_TIMEOUT_S = 600.0  # a guard against a dead loader; deadlines of calls are the client's
+SLOT_WAIT_S = 1e-4  # while every slot is taken by loads in flight that nobody waits for
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start; pairs are (row, expert). ``prefetches_late`` were ordered but never begun."""
+
+    hits: int = 0
+    misses: int = 0
+    hosted: int = 0
+    loads: int = 0
+    bytes_loaded: int = 0
+    evictions: int = 0
+    prefetches: int = 0
+    prefetches_refused: int = 0
+    prefetches_late: int = 0
+
+
+@dataclass(slots=True)
+class Step:
+    """One layer call in progress.
+
+    Attributes:
+        slots_P: slot of each pair that was ready when the call came, else -1.
+        waiting: ids that still wait for a slot; arriving: those under way into one.
+        hosted: ids to compute on the host.
+    """
+
+    layer: int
+    slots_P: np.ndarray
+    waiting: deque[int]
+    arriving: deque[int]
+    hosted: tuple[int, ...] = ()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every expert was there from the start."""
+        return not (self.waiting or self.arriving or self.hosted)
+
+
+class Bay(ABC):
+    """Slots for experts of one shape, who is in them, and loads under way.
+
+    Args:
+        expert_bytes: size of one expert.
+
+    Attributes:
+        tracer: told of loads; None where nobody looks.
+    """
+
+    def __init__(
+        self, pool: SlotPool, residency: Residency, loader: Loader, store: HostStore, expert_bytes: int
+    ) -> None:
+        self.pool = pool
+        self.residency = residency
+        self.counters = Counters()
+        self.expert_bytes = expert_bytes
+        self.load_cost = Cost()
+        self.tracer: Tracer | None = None
+        self._loader = loader
+        self._store = store
+        self._lock = threading.Lock()
+        self._tickets: dict[int, Ticket] = {}
+        self._started_s: dict[int, float] = {}
+        self._failed: dict[int, BaseException] = {}
+        self._purposes: dict[int, tuple[str, StepId | None]] = {}  # of loads under way, while somebody looks
+        self._loaded: list[int] = []
+        self._evicted: list[int] = []
+        self._told_loads = 0
+        self._step: Step | None = None
+
+    @abstractmethod
+    def begin_step(
+        self, layer: int, experts_P: np.ndarray, rows: int, scores_E: np.ndarray | None, step: StepId | None = None
+    ) -> Step:
+        """Shield what the call needs and start loading what is missing."""
+
+    @abstractmethod
+    def next_arrival(self, step: Step) -> tuple[int, int] | None:
+        """Wait for the next missing expert: (expert id, slot); None when all were delivered."""
+
+    @abstractmethod
+    def release(self, step: Step, slots: list[int]) -> None:
+        """The experts in ``slots`` are computed."""
+
+    @abstractmethod
+    def end_step(self) -> None:
+        """The call is over: nothing is shielded any more."""
+
+    @abstractmethod
+    def load(self, identifier: int) -> None:
+        """Load an expert now, outside of any call, and wait for it."""
+
+    @abstractmethod
+    def on_idle(self) -> None:
+        """The loader has nothing to do, or a cancelled load has given its slot back. On the loader's thread."""
+
+    def take_changes(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Ids that are here now and were not at the last take, the reverse, and the loads since then."""
+        with self._lock:
+            changes = tuple(self._loaded), tuple(self._evicted)
+            self._loaded, self._evicted = [], []
+            loads = self.counters.loads - self._told_loads
+            self._told_loads = self.counters.loads
+            return *changes, loads
+
+    def ready(self, layer: int) -> np.ndarray:
+        """Bool per expert of the layer: whether it can be computed now."""
+        with self._lock:
+            if self._tickets:
+                self._settle()
+            return self.residency.ready_slot_LE[layer] >= 0
+
+    def trace(self, tracer: Tracer | None) -> None:
+        """Tell a tracer of loads that begin from now on; None is nobody. Those that have ended are told before."""
+        with self._lock:
+            self._settle()
+            self.tracer = tracer
+            self._purposes.clear()
+        self._loader.set_clock()
+
+    def resident(self) -> list[int]:
+        """Ids of all experts in slots or on their way into one."""
+        with self._lock:
+            return sorted(self.residency.slot_of)
+
+    # --- the caller holds the lock ----------------------------------------------------------------------
+
+    def _count(self, pairs: int, hits: int) -> None:
+        self.counters.hits += hits
+        self.counters.misses += pairs - hits
+
+    def _start_load(self, identifier: int, slot: int, priority: int) -> None:
+        """Begin the load into a slot that was claimed for it."""
+        source = self._store.experts[identifier]
+        self._tickets[identifier] = self._loader.start(source, self.pool.slots[slot], self.expert_bytes, priority)
+        self._started_s[identifier] = time.perf_counter()
+        self._failed.pop(identifier, None)
+        if self.tracer is not None:
+            order = "on demand" if priority == ON_DEMAND else "ordered"
+            self._purposes[identifier] = order, self._step_of_load(priority)
+
+    def _step_of_load(self, priority: int) -> StepId | None:
+        """The forward for which a load begins; None where that is not known."""
+        return None
+
+    def _trace_load(self, tracer: Tracer, identifier: int, ticket: Ticket) -> None:
+        order, step = self._purposes.pop(identifier, ("", None))
+        span_s = ticket.span_s()
+        if not order or span_s is None:  # begun before somebody looked, or never
+            return
+        layer, expert = layer_and_expert(identifier)
+        outcome = "loaded"
+        if ticket.error is not None:
+            outcome = "cancelled" if isinstance(ticket.error, LoadCancelledError) else "failed"
+        tracer.add(
+            Span(
+                lane="link",
+                kind="load",
+                start_s=span_s[0],
+                end_s=span_s[1],
+                layer=int(layer),
+                experts=(int(expert),),
+                step=step,
+                facts={"order": order, "outcome": outcome, "bytes": self.expert_bytes},
+            )
+        )
+
+    def _note_evicted(self, identifier: int) -> None:
+        _note(identifier, self._evicted, self._loaded)
+        self.counters.evictions += 1
+
+    def _settle(self) -> None:
+        """Take note of loads that have finished; a failed one frees its slot, its error comes up on demand."""
+        for identifier, ticket in list(self._tickets.items()):
+            if ticket.is_done():
+                self._land(identifier, ticket)
+
+    def _land(self, identifier: int, ticket: Ticket) -> None:
+        del self._tickets[identifier], self._started_s[identifier]
+        if self.tracer is not None:
+            self._trace_load(self.tracer, identifier, ticket)
+        slot = self.residency.slot_of[identifier]
+        if ticket.error is None:
+            self.residency.mark_ready(slot)
+            self.counters.loads += 1
+            self.counters.bytes_loaded += self.expert_bytes
+            _note(identifier, self._loaded, self._evicted)
+            seconds = ticket.link_s()
+            if seconds is not None:
+                self.load_cost.add(seconds)
+        else:
+            self.residency.abandon(slot)
+            if not isinstance(ticket.error, LoadCancelledError):
+                self._failed[identifier] = ticket.error
+
+    # --- the caller does not hold the lock --------------------------------------------------------------
+
+    def _finish(self, identifier: int) -> None:
+        """Wait until a load has ended. Raises what it failed with."""
+        while (ticket := self._tickets.get(identifier)) is not None:
+            ticket.wait(LOAD_TIMEOUT_S)
+            with self._lock:
+                if self._tickets.get(identifier) is ticket:
+                    self._land(identifier, ticket)
+        with self._lock:
+            error = self._failed.pop(identifier, None)
+        if error is not None:
+            raise error
+
+
+def _note(identifier: int, gained: list[int], lost: list[int]) -> None:
+    """Add a change to ``gained``, unless it only undoes one in ``lost``: what came and went is no change."""
+    if identifier in lost:
+        lost.remove(identifier)
+    else:
+        gained.append(identifier)

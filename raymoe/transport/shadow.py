@@ -1,0 +1,311 @@
+"""The way between engine and shadow: tokens and KV entries go there, plans come back.
+
+The shadow listens, the engine connects. Neither ever waits for the other: what does not fit into a queue is dropped,
+for a forecast that is lost costs time, not correctness.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import torch
+import zmq
+
+from raymoe.errors import FrameError
+from raymoe.transport.frames import Buffer, Header, Kind, Limits, Message, exact_frames, parse_header
+from raymoe.transport.sockets import (
+    AllowedClients,
+    Endpoint,
+    KeyPair,
+    authenticator,
+    client_socket,
+    server_socket,
+)
+from raymoe.types import SamplingRecipe, StepId
+
+MOST_TOKENS = 1 << 20  # of a prompt
+RECIPE = struct.Struct("<Qq6d")  # the fields of a SamplingRecipe in their order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """A sequence begins: the model reads this prompt.
+
+    Attributes:
+        recipe: by which its next tokens are chosen, the first with ``first`` as its number; None: greedily.
+    """
+
+    sequence: int
+    tokens: tuple[int, ...]
+    recipe: SamplingRecipe | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """The model is about to read ``token`` at ``step.position``.
+
+    Attributes:
+        start: first position of the keys and values that come along; count: of how many positions, 0 for none.
+        entries: their bytes, in ``dtype``, as ``raymoe.model.kv`` packs them.
+    """
+
+    step: StepId
+    token: int
+    start: int = 0
+    count: int = 0
+    dtype: torch.dtype = torch.float32
+    entries: Buffer = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """A sequence is finished."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which experts a step is expected to need in a layer, and which worker was told to load each.
+
+    Attributes:
+        experts_N: int32, those needed most first.
+        workers_N: int32, places in the configuration's list of devices.
+    """
+
+    step: StepId
+    epoch: int
+    layer: int
+    experts_N: np.ndarray
+    workers_N: np.ndarray
+
+
+News = Begin | Token | End
+"""What the engine tells."""
+
+
+def pack_news(news: News) -> Message:
+    """A message to the shadow."""
+    if isinstance(news, Begin):
+        tokens = np.array(news.tokens, dtype=np.int32)
+        recipe = b"" if news.recipe is None else RECIPE.pack(*astuple(news.recipe))
+        header = Header(
+            kind=Kind.BEGIN,
+            dtype=torch.float32,
+            request=0,
+            a=news.sequence,
+            b=len(tokens),
+            c=int(news.recipe is not None),
+            d=news.first,
+        )
+        return [header.pack(), tokens.data, recipe]
+    if isinstance(news, End):
+        return [Header(kind=Kind.END, dtype=torch.float32, request=0, a=news.sequence).pack()]
+    header = Header(
+        kind=Kind.TOKEN,
+        dtype=news.dtype,
+        request=0,
+        a=news.step.sequence,
+        b=news.step.position,
+        c=news.token,
+        d=news.start,
+        e=news.count,
+        big=len(memoryview(news.entries).cast("B")) if news.count else 0,
+    )
+    return [header.pack(), news.entries] if news.count else [header.pack()]
+
+
+def parse_news(header: Header, body: Sequence[Buffer], limits: Limits) -> News:
+    """What the engine told. Raises FrameError for what is malformed."""
+    if header.kind is Kind.BEGIN:
+        if not 0 < header.b <= MOST_TOKENS:
+            raise FrameError(f"a prompt of {header.b:,} tokens; allowed is 1 to {MOST_TOKENS:,}")
+        frames = exact_frames(body, [4 * header.b, RECIPE.size if header.c else 0], limits)
+        tokens = np.frombuffer(frames[0], dtype=np.int32)
+        if tokens.min() < 0:
+            raise FrameError("token ids can't be negative")
+        names = SamplingRecipe.__dataclass_fields__
+        recipe = SamplingRecipe(**dict(zip(names, RECIPE.unpack(frames[1]), strict=True))) if header.c else None
+        return Begin(sequence=header.a, tokens=tuple(tokens.tolist()), recipe=recipe, first=header.d)
+    if header.kind is Kind.END:
+        exact_frames(body, [], limits)
+        return End(sequence=header.a)
+    if header.kind is not Kind.TOKEN:
+        raise FrameError(f"{header.kind.name} does not belong on the shadow's socket")
+    if bool(header.e) != bool(header.big) or header.d + header.e > header.b:
+        raise FrameError(f"keys and values of {header.e} positions from {header.d} on, before position {header.b}")
+    frames = exact_frames(body, [header.big] if header.e else [], limits)
+    return Token(
+        step=StepId(sequence=header.a, position=header.b),
+        token=header.c,
+        start=header.d,
+        count=header.e,
+        dtype=header.dtype,
+        entries=frames[0] if frames else b"",
+    )
+
+
+def pack_plan(plan: Plan) -> Message:
+    """A message to the engine."""
+    header = Header(
+        kind=Kind.PLAN,
+        dtype=torch.float32,
+        request=0,
+        layer=plan.layer,
+        a=plan.step.sequence,
+        b=plan.step.position,
+        c=plan.epoch,
+        d=len(plan.experts_N),
+    )
+    return [
+        header.pack(),
+        np.ascontiguousarray(plan.experts_N, dtype=np.int32).data,
+        np.ascontiguousarray(plan.workers_N, dtype=np.int32).data,
+    ]
+
+
+def parse_plan(header: Header, body: Sequence[Buffer], limits: Limits, workers: int) -> Plan:
+    """The plan in a message. Raises FrameError where indices are wrong."""
+    if header.kind is not Kind.PLAN:
+        raise FrameError(f"{header.kind.name} is no plan")
+    if header.layer >= limits.layers or header.d > limits.experts:
+        raise FrameError(f"a plan of {header.d:,} experts for layer {header.layer}")
+    frames = exact_frames(body, [4 * header.d, 4 * header.d], limits)
+    experts, chosen = np.frombuffer(frames[0], dtype=np.int32), np.frombuffer(frames[1], dtype=np.int32)
+    if header.d and (
+        experts.min() < 0 or experts.max() >= limits.experts or chosen.min() < 0 or chosen.max() >= workers
+    ):
+        raise FrameError(
+            f"a plan's experts lie within 0 and {limits.experts - 1}, its workers within 0 and {workers - 1}"
+        )
+    step = StepId(sequence=header.a, position=header.b)
+    return Plan(step=step, epoch=header.c, layer=header.layer, experts_N=experts, workers_N=chosen)
+
+
+class ShadowServer:
+    """The shadow's end. Used by one thread.
+
+    Attributes:
+        clients: keys that may connect.
+        dropped: malformed messages.
+    """
+
+    def __init__(self, address: str, limits: Limits) -> None:
+        self.clients = AllowedClients()
+        self.dropped = 0
+        self._limits = limits
+        self._context = zmq.Context(io_threads=1)
+        self._authenticator = authenticator(self._context, self.clients)
+        keys = KeyPair.create()
+        self._socket, endpoint = server_socket(self._context, address, keys, limits)
+        self.endpoint = Endpoint(data=endpoint, control=endpoint, public_key=keys.public)
+        self._peer: bytes | None = None
+
+    def receive(self, wait_s: float) -> News | None:
+        """The next news, or None where there is none within ``wait_s``. Malformed ones are dropped and counted."""
+        while self._socket.poll(int(wait_s * 1000)):
+            sender, *frames = self._socket.recv_multipart(copy=False)
+            self._peer = sender.bytes
+            try:
+                buffers = [frame.buffer for frame in frames]
+                if not buffers:
+                    raise FrameError("an empty message")
+                return parse_news(parse_header(buffers[0], self._limits), buffers[1:], self._limits)
+            except FrameError:
+                self.dropped += 1
+                wait_s = 0.0
+        return None
+
+    def send(self, plan: Plan) -> None:
+        """Tell the engine that spoke last."""
+        if self._peer is None:
+            return
+        try:
+            self._socket.send_multipart([self._peer, *pack_plan(plan)], flags=zmq.NOBLOCK)
+        except zmq.ZMQError:  # it does not keep up, or is gone
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+        self._authenticator.stop()
+        self._context.term()
+
+
+class ShadowClient:
+    """The engine's end. Used by one thread, but for ``move``.
+
+    Args:
+        endpoint: where the shadow listens; None where there is none yet.
+        workers: devices of the configuration, which plans count.
+
+    Attributes:
+        bytes_sent: of messages to the shadow.
+        moves: how often the shadow was found in another place; its sequences must be begun again.
+    """
+
+    def __init__(self, endpoint: Endpoint | None, keys: KeyPair, limits: Limits, workers: int) -> None:
+        self.bytes_sent = 0
+        self.moves = 0
+        self.dropped = 0
+        self._keys = keys
+        self._limits = limits
+        self._workers = workers
+        self._context = zmq.Context(io_threads=1)
+        self._endpoint = endpoint
+        self._connected_to: Endpoint | None = None
+        self._socket: zmq.Socket | None = None
+        self._connect()
+
+    def move(self, endpoint: Endpoint | None) -> None:
+        """Talk to another endpoint from the next message on; None is to nobody. From any thread."""
+        self._endpoint = endpoint
+
+    def tell(self, news: News) -> None:
+        """Send news; dropped where the shadow is not there or does not keep up."""
+        self._connect()
+        if self._socket is None:
+            return
+        message = pack_news(news)
+        try:
+            self._socket.send_multipart(message, flags=zmq.NOBLOCK)
+            self.bytes_sent += sum(len(memoryview(frame).cast("B")) for frame in message)
+        except zmq.Again:
+            self.dropped += 1
+
+    def receive(self, on_plan: Callable[[Plan], None]) -> None:
+        """Hand on every plan that has come. Never waits."""
+        self._connect()
+        socket = self._socket
+        while socket is not None:
+            try:
+                frames = socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                buffers = [frame.buffer for frame in frames]
+                plan = parse_plan(parse_header(buffers[0], self._limits), buffers[1:], self._limits, self._workers)
+            except FrameError:
+                self.dropped += 1
+                continue
+            on_plan(plan)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._socket is not None:
+            self._socket.close()
+        self._context.term()
+
+    def _connect(self) -> None:
+        endpoint = self._endpoint
+        if endpoint == self._connected_to:
+            return
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None
+        if endpoint is not None:
+            self._socket = client_socket(self._context, endpoint.data, endpoint.public_key, self._keys, self._limits)
+            self.moves += 1
+        self._connected_to = endpoint
