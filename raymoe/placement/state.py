@@ -24,6 +24,7 @@ class Holders:
     created_s: float
     seen_s: dict[str, float] = field(default_factory=dict)
     ever_held: bool = False
+    left_unseen: bool = False
 
     def renew(self, holder: str, now_s: float) -> None:
         """``holder`` is alive."""
@@ -31,15 +32,16 @@ class Holders:
         self.ever_held = True
 
     def release(self, holder: str) -> None:
-        """``holder`` is leaving."""
-        self.seen_s.pop(holder, None)
+        """``holder`` is leaving. One that was never seen here held this actor before it was restarted."""
+        if self.seen_s.pop(holder, None) is None:
+            self.left_unseen = True
 
     def is_abandoned(self, now_s: float) -> bool:
         """Whether nobody holds the cluster any more."""
         self.seen_s = {name: seen for name, seen in self.seen_s.items() if now_s - seen <= HOLD_S}
         if self.seen_s:
             return False
-        return self.ever_held or now_s - self.created_s > FIRST_HOLD_S
+        return self.ever_held or now_s - self.created_s > (HOLD_S if self.left_unseen else FIRST_HOLD_S)
 
 
 @dataclass(slots=True)

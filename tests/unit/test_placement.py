@@ -421,3 +421,10 @@ def test_a_start_that_nobody_took_hold_of_is_abandoned_later() -> None:
     holders = Holders(created_s=100.0)
     assert not holders.is_abandoned(100.0 + FIRST_HOLD_S)
     assert holders.is_abandoned(100.0 + FIRST_HOLD_S + 0.1)
+
+
+def test_a_restarted_actor_whose_holder_leaves_before_it_renewed_waits_only_for_the_others() -> None:
+    holders = Holders(created_s=0.0)
+    holders.release("the engine that held its former life")
+    assert not holders.is_abandoned(HOLD_S - 1)
+    assert holders.is_abandoned(HOLD_S + 1)
