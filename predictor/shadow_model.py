@@ -82,12 +82,7 @@ class ShadowModel:
 
     def prefill(self, sequence: int, rows: list[tuple[int, ...]]) -> torch.Tensor:
         """Read prompts of equal length; returns the logits [B, vocabulary] after each."""
-        prompts = [list(row) for row in rows]
-        if len(prompts) > 1:
-            logits_BV, state = self._runner.prefill_rows(prompts)
-        else:
-            logits_V, state = self._runner.prefill(prompts[0])
-            logits_BV = logits_V.unsqueeze(0)
+        logits_BV, state = self._runner.start([list(row) for row in rows])
         self._states[sequence] = state, Rewind(state, self._depth)
         if not self._has_told:
             self._has_told = True
@@ -101,9 +96,7 @@ class ShadowModel:
         """
         state, rewind = self._states[sequence]
         with rewind.step():
-            if len(tokens) > 1:
-                return self._runner.decode_rows(state, tokens)
-            return self._runner.decode(state, tokens[0]).unsqueeze(0)
+            return self._runner.go_on(state, tokens)
 
     def may_run_ahead(self, sequence: int) -> bool:
         """Whether its steps can be taken back."""

@@ -18,6 +18,7 @@ import math
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from raymoe.actors.names import NAMESPACE, Life, placement_name, worker_name
+from raymoe.actors.options import on_device
 from raymoe.actors.reports import device_stats, down_stats
 from raymoe.actors.shadow_keeper import ShadowKeeper
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
@@ -206,23 +208,25 @@ class PlacementShell:
         if self._desk is None:
             self._desk = OrderDesk(self._state, self._limits)
         self._clients.add(client_key)
+        binding = self._binding()
         for name, handle in self._workers.items():
-            address = self._address(self._infos[name].address)
+            address = binding(self._infos[name].address)
             keys = (*self._clients, self._desk.keys.public)
             self._endpoints[name] = _get(handle.serve.remote(address, keys), REPORT_TIMEOUT_S * 6)
         bounded = bounded_devices(self._config)
         self._desk.connect({name: endpoint for name, endpoint in self._endpoints.items() if name in bounded})
         if self._server is None:
-            own_address = self._address(ray.util.get_node_ip_address())
+            own_address = binding(ray.util.get_node_ip_address())
             self._server = PlacementServer(self._state, own_address, self._limits, self._desk.forecast)
         self._server.clients.keys.add(client_key)
         return self._server.endpoint
 
-    def _address(self, node_address: str) -> str:
-        """What to bind on a node: loopback while there is no other."""
+    def _binding(self) -> Callable[[str], str]:
+        """What to bind on a node, by its address: loopback while there is no other node. Ray is asked once."""
         addresses = {info.address for info in self._infos.values()} | {ray.util.get_node_ip_address()}
         nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        return self._config.bind or ("127.0.0.1" if len(addresses) == 1 == len(nodes) else node_address)
+        alone = len(addresses) == 1 == len(nodes)
+        return lambda node_address: self._config.bind or ("127.0.0.1" if alone else node_address)
 
     def _connect_shadow(self, wait_s: float) -> "Endpoint | None":
         """Let the shadow hear the clients and reach the workers; whatever fails is told by the stats."""
@@ -231,14 +235,13 @@ class PlacementShell:
         fleet = cluster_fleet(self._config, self._sizes, self._state.ownership)
         info = self._shadow.find(wait_s)
         if info is not None:
-            keys = (info.public_key,)
+            keys, binding = (info.public_key,), self._binding()
             admitted: list[Any] = [
-                handle.serve.remote(self._address(self._infos[name].address), keys)
-                for name, handle in self._workers.items()
+                handle.serve.remote(binding(self._infos[name].address), keys) for name, handle in self._workers.items()
             ]
             if admitted:
                 ray.wait(admitted, num_returns=len(admitted), timeout=REPORT_TIMEOUT_S)
-            self._shadow.connect(self._address(info.address), tuple(self._clients), fleet, dict(self._endpoints))
+            self._shadow.connect(binding(info.address), tuple(self._clients), fleet, dict(self._endpoints))
         return self._shadow.endpoint
 
     def progress(self) -> tuple[int, int]:
@@ -311,20 +314,7 @@ class PlacementShell:
             return ray.get_actor(name, NAMESPACE)
         except ValueError:
             pass
-        options: dict[str, Any] = {
-            "name": name,
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "max_restarts": -1,
-            "num_cpus": 0,  # a worker's threads are set by config; Ray's CPU slots would only refuse small machines
-            "resources": dict(device.resources),
-            "max_concurrency": 4,  # reports and progress while a shard is being read
-            "scheduling_strategy": "DEFAULT",  # not captured by a placement group around this actor
-        }
-        if device.node_labels:
-            options["label_selector"] = dict(device.node_labels)
-        if device.kind != "cpu":  # Ray would hide all GPUs from an actor that asks it for none
-            options["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
+        options = on_device(name, device.kind, device.resources, device.node_labels)
         model = self._config.model.model_dump(mode="json")
         remote_class: Any = ray.remote(WorkerShell)
         settings = self._scheduling.model_dump(mode="json")

@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
 from raymoe.actors.names import NAMESPACE, shadow_name
+from raymoe.actors.options import on_device
 from raymoe.config import ClusterConfig
 from raymoe.observe.stats import PredictorStats
 from raymoe.types import DeviceName
@@ -52,24 +53,11 @@ class ShadowKeeper:
         """Find the actor, or start it. Does not wait for it."""
         from raymoe.actors.shadow import ShadowShell
 
-        options: dict[str, Any] = {
-            "name": self._name,
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "get_if_exists": True,
-            "max_restarts": -1,
-            "num_cpus": 0,
-            "resources": dict(self._config.resources),
-            "max_concurrency": 4,
-            "scheduling_strategy": "DEFAULT",
-        }
-        if self._config.node_labels:
-            options["label_selector"] = dict(self._config.node_labels)
-        if self._config.device != "cpu":  # Ray would hide all GPUs from an actor that asks it for none
-            options["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
+        config = self._config
+        options = on_device(self._name, config.device, config.resources, config.node_labels)
         remote_class: Any = ray.remote(ShadowShell)
-        predictor = self._config.model_dump(mode="json")
-        self._handle = remote_class.options(**options).remote(self._model, predictor, self._limits)
+        predictor = config.model_dump(mode="json")
+        self._handle = remote_class.options(**options, get_if_exists=True).remote(self._model, predictor, self._limits)
 
     def find(self, wait_s: float) -> "ShadowInfo | None":
         """Wait for it to be ready; None where it is not in time."""

@@ -85,13 +85,11 @@ class Observer:
 
     def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
         """Unweighted output of every chosen expert for every token, [T, K, H]."""
+        if self.sums is None:
+            return self._experts.of_tokens(layer, hidden_TH, experts_TK)
         experts_P = experts_TK.reshape(-1).numpy().astype(np.int32)
         rows_P = np.repeat(np.arange(len(hidden_TH), dtype=np.int32), experts_TK.shape[1])
-        order_P = np.argsort(experts_P, kind="stable")
         output_PH = hidden_TH.new_empty((len(experts_P), hidden_TH.shape[1]))
-        if self.sums is None:
-            output_PH[torch.from_numpy(order_P)] = self._experts(layer, experts_P[order_P], hidden_TH, rows_P[order_P])
-            return output_PH.view(*experts_TK.shape, -1)
         count = self._layers[layer].num_experts
         sampled_S = sample_rows(len(hidden_TH), count, hidden_TH.shape[1])
         unit_ESH = torch.empty((count, len(sampled_S), hidden_TH.shape[1]))

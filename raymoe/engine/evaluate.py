@@ -98,12 +98,7 @@ class Watch:
     def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
         """Unweighted output of every chosen expert for every token, [T, K, H]."""
         self.during(layer)
-        experts_P = experts_TK.reshape(-1).numpy().astype(np.int32)
-        rows_P = np.repeat(np.arange(len(hidden_TH), dtype=np.int32), experts_TK.shape[1])
-        order_P = np.argsort(experts_P, kind="stable")
-        output_PH = hidden_TH.new_empty((len(experts_P), hidden_TH.shape[1]))
-        output_PH[torch.from_numpy(order_P)] = self.experts(layer, experts_P[order_P], hidden_TH, rows_P[order_P])
-        return output_PH.view(*experts_TK.shape, -1)
+        return self.experts.of_tokens(layer, hidden_TH, experts_TK)
 
 
 class Model:
@@ -132,16 +127,11 @@ class Model:
     ) -> Recall:
         """Decode ``steps`` tokens after prompts of one length, in lockstep."""
         rows = [list(prompt) for prompt in prompts]
-        several = len(rows) > 1
         counts: Any = getattr(predictor, "counts", None)
         before = (counts.guesses, counts.right) if counts is not None else (0, 0)
         sent_before = predictor.bytes_sent
         self._watch.during = lambda layer: None
-        if several:
-            logits_BV, state = self.runner.prefill_rows(rows)
-        else:
-            logits_V, state = self.runner.prefill(rows[0])
-            logits_BV = logits_V.unsqueeze(0)
+        logits_BV, state = self.runner.start(rows)
         predictor.begin(rows)
         named: dict[int, np.ndarray] = {}
         self._watch.during = lambda layer: named.update(predictor.during(layer))
@@ -151,11 +141,7 @@ class Model:
             self._watch.routed = []
             named.clear()
             named.update(predictor.before(state.length, tokens, state.kwargs.get("past_key_values")))
-            logits_BV = (
-                self.runner.decode_rows(state, list(tokens))
-                if several
-                else self.runner.decode(state, tokens[0]).unsqueeze(0)
-            )
+            logits_BV = self.runner.go_on(state, list(tokens))
             for layer, experts_BK in enumerate(self._watch.routed):
                 if layer in named:
                     recall_BNL[:, step, layer] = recalled(experts_BK, named[layer])

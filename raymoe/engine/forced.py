@@ -152,17 +152,11 @@ def begin_rows(
     Args:
         before: told of each row's token, and of the state, before they are run.
     """
-    # a single one takes the engine's own way, which every architecture has
-    several = len(prompts) > 1
-    if several:
-        logits_BV, state = runner.prefill_rows(prompts)
-    else:
-        logits_V, state = runner.prefill(prompts[0])
-        logits_BV = logits_V.unsqueeze(0)
+    logits_BV, state = runner.start(prompts)
 
     def decode(tokens: list[int]) -> torch.Tensor:
         before(tokens, state)
-        return runner.decode_rows(state, tokens) if several else runner.decode(state, tokens[0]).unsqueeze(0)
+        return runner.go_on(state, tokens)
 
     return logits_BV, decode
 

@@ -1,6 +1,6 @@
 """Any expert of a checkpoint, computed on this CPU within bounded memory: for calibration, which needs them all.
 
-R rows, P (row, expert) pairs, H hidden.
+T tokens, K experts per token, R rows, P (row, expert) pairs, H hidden.
 """
 
 import numpy as np
@@ -39,6 +39,15 @@ class HostExperts:
         finally:
             for expert in passing:
                 self._tables[layer].put(expert, None)
+
+    def of_tokens(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
+        """Unweighted output of every chosen expert for every token, [T, K, H]."""
+        experts_P = experts_TK.reshape(-1).numpy().astype(np.int32)
+        rows_P = np.repeat(np.arange(len(hidden_TH), dtype=np.int32), experts_TK.shape[1])
+        order_P = np.argsort(experts_P, kind="stable")
+        output_PH = hidden_TH.new_empty((len(experts_P), hidden_TH.shape[1]))
+        output_PH[torch.from_numpy(order_P)] = self(layer, experts_P[order_P], hidden_TH, rows_P[order_P])
+        return output_PH.view(*experts_TK.shape, -1)
 
     def _read(self, layer: int, experts: list[int]) -> list[int]:
         """Have these experts in the layer's table; returns those that are not to stay."""

@@ -19,6 +19,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from raymoe.errors import FrameError
+from raymoe.model.runner import tensors_within
 
 POSITION_AXIS = {"keys": -2, "values": -2, "indexer_keys": 1, "idx_keys": -2, "indexer_position_ids": -1}
 """Attributes of transformers' attention layers that grow with the sequence, and the axis along which they do."""
@@ -105,7 +106,7 @@ def abilities(cache: Any) -> Abilities:
     alignable, own = set(), set(_states_of_cache(cache))
     for index, layer in enumerate(cache.layers):
         placed = {id(place.tensor) for place in places(layer, vars(layer))}
-        states = {id(tensor) for tensor in _tensors(vars(layer)) if tensor.is_floating_point()}
+        states = {id(tensor) for tensor in tensors_within(vars(layer)) if tensor.is_floating_point()}
         if placed:
             alignable.add(index)
         if states - placed:
@@ -255,14 +256,4 @@ def _extend(layer: Any, place: Place, length: int, part: torch.Tensor, end: int)
 def _states_of_cache(cache: Cache) -> list[int]:
     """Layers whose state the cache keeps itself, in a list of its own."""
     lists = [value for name, value in vars(cache).items() if name != "layers" and isinstance(value, list)]
-    return [index for states in lists for index, state in enumerate(states) if _tensors(state)]
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
+    return [index for states in lists for index, state in enumerate(states) if tensors_within(state)]

@@ -116,6 +116,20 @@ class Runner:
         """Whether several sequences can run in lockstep: not where the architecture prepares its inputs itself."""
         return self._direct
 
+    def start(self, rows: list[list[int]]) -> tuple[torch.Tensor, SequenceState]:
+        """Run one prompt, or several of equal length in lockstep; returns the logits after each ([rows, vocabulary]).
+
+        A single one takes the way that every architecture has; several raise RequestError where it takes no rows.
+        """
+        if len(rows) > 1:
+            return self.prefill_rows(rows)
+        logits_V, state = self.prefill(rows[0])
+        return logits_V.unsqueeze(0), state
+
+    def go_on(self, state: SequenceState, tokens: list[int]) -> torch.Tensor:
+        """Run one more token of every row of what ``start`` began; returns the logits after each. Mutates ``state``."""
+        return self.decode_rows(state, tokens) if len(tokens) > 1 else self.decode(state, tokens[0]).unsqueeze(0)
+
     @torch.inference_mode()
     def prefill_rows(self, rows: list[list[int]]) -> tuple[torch.Tensor, SequenceState]:
         """Run prompts of equal length in one forward; returns the logits after each ([rows, vocabulary], float32).
@@ -154,18 +168,18 @@ class Runner:
     @staticmethod
     def cache_bytes(state: SequenceState) -> int:
         """Bytes held by a sequence's cache."""
-        return sum(tensor.nbytes for tensor in _tensors(state.kwargs.get("past_key_values")))
+        return sum(tensor.nbytes for tensor in tensors_within(state.kwargs.get("past_key_values")))
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_within(value: Any) -> list[torch.Tensor]:
     """Every tensor within a cache: its layers keep them as attributes, lists or dicts."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
+        return [tensor for item in value.values() for tensor in tensors_within(item)]
     if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
+        return [tensor for item in value for tensor in tensors_within(item)]
     layers = getattr(value, "layers", None)
     if layers is not None:
-        return [tensor for layer in layers for tensor in _tensors(vars(layer))]
+        return [tensor for layer in layers for tensor in tensors_within(vars(layer))]
     return []

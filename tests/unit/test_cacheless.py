@@ -18,8 +18,9 @@ from raymoe.engine.foresight import Foresight
 from raymoe.experts.call import LoadOrder
 from raymoe.model.runner import SequenceState
 from raymoe.placement.assignment import Fleet
-from raymoe.transport.shadow import News, Plan
+from raymoe.transport.shadow import Plan
 from raymoe.types import DeviceName, Routing, StepId
+from tests.links import FakeLink
 
 LAYERS, EXPERTS, HIDDEN, WORKERS = 4, 8, 2, 2
 NAMES = (DeviceName("a"), DeviceName("b"))
@@ -79,23 +80,6 @@ class FakeDispatcher:
 
     def preview(self, pairs: int) -> torch.Tensor | None:
         return torch.arange(float(pairs * HIDDEN)).view(pairs, HIDDEN)
-
-
-@dataclass
-class FakeLink:
-    """A shadow whose plans come when they are asked for."""
-
-    moves: int = 1
-    told: list[News] = field(default_factory=list)
-    coming: list[Plan] = field(default_factory=list)
-
-    def tell(self, news: News) -> None:
-        self.told.append(news)
-
-    def receive(self, on_plan: Any) -> None:
-        coming, self.coming = self.coming, []
-        for plan in coming:
-            on_plan(plan)
 
 
 @dataclass

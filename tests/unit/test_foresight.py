@@ -1,7 +1,6 @@
 """What the engine tells the shadow and when, and the book of plans that recall is counted from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ from raymoe.config import PredictorConfig
 from raymoe.engine.foresight import SETTLED_AFTER, Foresight, PlanBook
 from raymoe.model.kv import align, entries, unpack
 from raymoe.model.runner import SequenceState
-from raymoe.transport.shadow import Begin, End, News, Plan, Token
+from raymoe.transport.shadow import Begin, End, Plan, Token
 from raymoe.types import Routing, SamplingRecipe, StepId
+from tests.links import FakeLink
 
 RECIPE = SamplingRecipe(
     seed=7, top_k=3, temperature=0.5, top_p=0.9, min_p=0.0, repetition_penalty=1.1, presence_penalty=0.0,
@@ -149,23 +149,6 @@ def test_settling_everything_leaves_nothing_and_counts_each_need_once(acts: list
 
 
 # --- what is told ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class FakeLink:
-    """Keeps what it is told; hands over plans once."""
-
-    moves: int = 1
-    told: list[News] = field(default_factory=list)
-    coming: list[Plan] = field(default_factory=list)
-
-    def tell(self, news: News) -> None:
-        self.told.append(news)
-
-    def receive(self, on_plan: Any) -> None:
-        coming, self.coming = self.coming, []
-        for plan in coming:
-            on_plan(plan)
 
 
 class Decoding:

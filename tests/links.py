@@ -1,0 +1,23 @@
+"""A link to a shadow that is not there."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from raymoe.transport.shadow import News, Plan
+
+
+@dataclass
+class FakeLink:
+    """Keeps what it is told; hands over the plans that are coming once, when they are asked for."""
+
+    moves: int = 1
+    told: list[News] = field(default_factory=list)
+    coming: list[Plan] = field(default_factory=list)
+
+    def tell(self, news: News) -> None:
+        self.told.append(news)
+
+    def receive(self, on_plan: Any) -> None:
+        coming, self.coming = self.coming, []
+        for plan in coming:
+            on_plan(plan)
