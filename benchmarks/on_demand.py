@@ -20,21 +20,26 @@ from benchmarks.cacheless.cluster import Cluster, Pace, Setup, cluster
 from benchmarks.cacheless.measure import (
     ABLATION,
     AHEAD,
+    LATE,
     RESIDENT,
+    Answer,
+    LayerTimes,
     Lead,
     agreeing,
-    answer,
-    forced_tpot_s,
     in_turns,
     layer_times,
     median_ms,
     predicted_s,
+    reading,
     relative,
+    saying,
 )
 from benchmarks.harness import Figure, figure, report
-from predictor.shadow import RUN_AHEAD, Alignment
+from benchmarks.scheduling.setup import DOMAINS, EVAL
+from predictor.shadow import RUN_AHEAD
 from raymoe.checkpoint.synth import write_synthetic
 from raymoe.config import EMBEDDED_MODEL
+from raymoe.engine.corpus import text_pieces
 
 PROMPTS = (
     "It is a truth universally acknowledged, that a single man",
@@ -47,7 +52,7 @@ LOADS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # times the bound
 AGREEMENTS = (0.0, 0.5, 0.8, 0.95, 1.0)
 PACE = Pace(main_s=12e-3, worker_s=6e-3, shadow_s=9e-3)  # a small board's, some five times this machine's cores
 PACED_TOKENS = 40
-LATE = Alignment(run_ahead=0)
+PREFIX, GIVEN = 16, 64  # of a text that is read: prompt, and tokens after it
 Say = Callable[[str], None]
 
 
@@ -71,134 +76,140 @@ def main() -> None:
     figures: list[Figure] = []
     settings: dict[str, Any] = {"workers": options.workers, "group_size": options.group_size, "emulated_links": True}
     if options.part != "synthetic":
-        setup = Setup(model=EMBEDDED_MODEL, workers=options.workers, group_size=options.group_size, slots=2, bits=8)
+        setup = Setup(model=EMBEDDED_MODEL, workers=options.workers, group_size=options.group_size, top_k=4, bits=8)
         with cluster(setup) as running:
             figures += embedded(running, options, console, settings, say)
     if options.part != "embedded":
-        figures += synthetic(options, settings, say)
+        figures += synthetic(options, console, settings, say)
     report("loading without a cache (emulated links)", figures, settings, options.json)
 
 
 def embedded(
     running: Cluster, options: argparse.Namespace, console: Console, settings: dict[str, Any], say: Say
 ) -> list[Figure]:
-    """The embedded model: speed, ablation, the timing bound, running ahead, time to first token."""
+    """The embedded model: processes that share this machine's cores, then the same with emulated devices."""
     prompts = [running.cacheless.encode(prompt) for prompt in PROMPTS]
-    setup = running.setup
-    times = layer_times(running, prompts[0], options.tokens)
-    load_s = times.hidden_load_s(setup.workers, setup.group_size)
+    set_link(running, prompts[0], options.tokens, settings, say)
+    found = in_turns(running, [RESIDENT, AHEAD, LATE], [saying(p, options.tokens, seed=1) for p in prompts])
+    settings["shared_cores"] |= print_speeds(console, "ten processes on this machine's cores", found)
+    counts = running.counts()
+    expert_bytes = sum(size.experts * size.expert_bytes for size in running.sizes)
+    ahead = found[AHEAD.name]
+    figures = [
+        figure("decode_vs_resident", relative(found, AHEAD.name), "x", "asked 0.9; the paper: 0.75; cores are shared"),
+        figure("processor_vs_resident", busy(found), "x", "processor time per token, of the resident cluster's"),
+        figure("recall_in_use", [a.routing.recall or 0.0 for a in ahead], "share"),
+        figure("hits_in_use", [a.routing.hit_rate for a in ahead], "share", "loaded in time"),
+        figure("agreement", [counts.right / max(1, counts.guesses)], "share", "guesses of all variants"),
+        figure("slot_fraction_embedded", [running.peak_slot_bytes() / expert_bytes], "share", "of the experts"),
+    ]
+    if not options.quick:
+        settings["ttft"] = first_tokens(running, say)
+        print_rows(console, "time to first token", settings["ttft"])
+    rates = () if options.quick else AGREEMENTS
+    texts = {rate: agreeing(running.resident, prompts[0], GIVEN, rate, seed=1) for rate in rates}
+    return figures + on_devices(running, prompts, texts, console, settings, options, say)
+
+
+def set_link(
+    running: Cluster, prompt: list[int], tokens: int, settings: dict[str, Any], say: Say, name: str = "shared_cores"
+) -> tuple[LayerTimes, float]:
+    """Measure a layer with everything resident, and make links as slow as can just be hidden behind that."""
+    times = layer_times(running, prompt, tokens)
+    load_s = running.setup.hidden_load_s(times.main_s, times.worker_s)
     running.set_load(load_s)
-    settings["layer_times"] = asdict(times) | {"load_s": load_s}
+    settings[name] = {"layer": asdict(times), "load_s": load_s}
     main, group, load = (f"{seconds * 1e3:.2f} ms" for seconds in (times.main_s, times.worker_s, load_s))
     say(f"a layer: main {main}, group {group}; one load {load}")
-    variants = [RESIDENT, AHEAD] if options.quick else [RESIDENT, AHEAD, *ABLATION]
-    found = in_turns(running, variants, prompts, options.tokens)
-    speeds = {variant.name: relative(found, variant.name) for variant in variants}
-    print_speeds(console, found, speeds)
-    settings["speed"] = {name: {"of_resident": values} for name, values in speeds.items()}
-    counts = running.counts()
-    expert_total = sum(size.experts * size.expert_bytes for size in running.sizes)
-    figures = [
-        figure("decode_vs_resident", speeds[AHEAD.name], "x", "asked 0.9; the paper: 0.75"),
-        figure("recall_in_use", [a.routing.recall or 0.0 for a in found[AHEAD.name]], "share"),
-        figure("hits_in_use", [a.routing.hit_rate for a in found[AHEAD.name]], "share", "loaded in time"),
-        figure("agreement", [counts.right / max(1, counts.guesses)], "share", "guesses of all variants"),
-        figure("slot_fraction_embedded", [running.peak_slot_bytes() / (expert_total)], "share", "of the experts"),
-    ]
-    figures += paced(running, prompts, console, settings, options, say)
-    if options.quick:
-        return figures
-    running.set_pace(Pace())
-    running.set_load(load_s)
-    sweep = sweep_links(running, prompts, options.tokens, times, load_s, say)
-    settings["sweep"] = sweep
-    running.set_load(load_s)
-    ahead = run_ahead(running, prompts[0], options.tokens, say)
-    settings["run_ahead"] = ahead
-    settings["ttft"] = first_tokens(running, say)
-    print_rows(console, "link speed", sweep)
-    print_rows(console, "running ahead", ahead)
-    print_rows(console, "time to first token", settings["ttft"])
-    if options.figures:
-        from benchmarks.cacheless import plots
-
-        plots.ablation(speeds, options.figures / "on-demand-ablation.png")
-        plots.links(sweep, load_s, options.figures / "on-demand-links.png")
-        plots.ahead(ahead, options.figures / "on-demand-run-ahead.png")
-    return figures
+    return times, load_s
 
 
-def paced(
+def on_devices(
     running: Cluster,
     prompts: list[list[int]],
+    texts: dict[float, list[int]],
     console: Console,
     settings: dict[str, Any],
     options: argparse.Namespace,
     say: Say,
 ) -> list[Figure]:
-    """The same with emulated devices: each process takes at least as long for a layer as a device of its own would."""
+    """With emulated devices: each process takes at least as long for a layer as a device of its own would.
+
+    Args:
+        texts: to read, by how often they are guessed.
+    """
     running.set_pace(PACE)
-    times = layer_times(running, prompts[0], 24)
-    load_s = times.hidden_load_s(running.setup.workers, running.setup.group_size)
+    times, load_s = set_link(running, prompts[0], 24, settings, say, "emulated_devices")
+    settings["emulated_devices"] |= {"pace": asdict(PACE)}
+    variants = [RESIDENT, AHEAD, LATE]
+    found = in_turns(running, variants, [saying(prompt, PACED_TOKENS, seed=1) for prompt in prompts])
+    settings["emulated_devices"] |= print_speeds(console, "emulated devices", found)
+    speeds = relative(found, AHEAD.name)
+    figures = [
+        figure("decode_vs_resident_devices", speeds, "x", "emulated devices"),
+        figure("decode_vs_resident_late", relative(found, LATE.name), "x", "emulated devices; as in the paper"),
+    ]
+    if options.quick:
+        return figures
+    tokenizer = running.cacheless.tokenizer
+    pieces = [text_pieces((EVAL / f"{domain}.txt").read_text(), tokenizer, 1, PREFIX + GIVEN)[0] for domain in DOMAINS]
+    ablated = in_turns(running, [RESIDENT, AHEAD, *ABLATION], [reading(piece, PREFIX) for piece in pieces])
+    settings["ablation"] = print_speeds(console, "what foretells, on held-out text (emulated devices)", ablated)
+    sweep = sweep_links(running, prompts, times, load_s, say)
+    settings["sweep"] = sweep
     running.set_load(load_s)
-    settings["paced"] = asdict(PACE) | {"measured": asdict(times), "load_s": load_s}
-    say(f"emulated devices: main {times.main_s * 1e3:.1f} ms, group {times.worker_s * 1e3:.1f} ms a layer")
-    variants = [RESIDENT, AHEAD] if options.quick else [RESIDENT, AHEAD, *ABLATION]
-    found = in_turns(running, variants, prompts[:3], PACED_TOKENS)
-    speeds = {variant.name: relative(found, variant.name) for variant in variants}
-    print_speeds(console, found, speeds)
-    settings["paced"] |= {"speed": speeds}
-    if options.figures and not options.quick:
+    ahead = run_ahead(running, texts, len(prompts[0]), say)
+    settings["run_ahead"] = ahead
+    print_rows(console, "link speed", sweep)
+    print_rows(console, "running ahead", ahead)
+    if options.figures:
         from benchmarks.cacheless import plots
 
-        plots.ablation(speeds, options.figures / "on-demand-ablation-paced.png")
-    return [figure("decode_vs_resident_paced", speeds[AHEAD.name], "x", "emulated devices too")]
+        plots.ablation({name: relative(ablated, name) for name in ablated}, options.figures / "on-demand-ablation.png")
+        plots.links(sweep, load_s, options.figures / "on-demand-links.png")
+        plots.ahead(ahead, options.figures / "on-demand-run-ahead.png")
+    return figures
 
 
 def sweep_links(
-    running: Cluster, prompts: list[list[int]], tokens: int, times: Any, bound_s: float, say: Say
+    running: Cluster, prompts: list[list[int]], times: LayerTimes, bound_s: float, say: Say
 ) -> list[dict[str, float]]:
     """TPOT against the time of one load: measured, and as the timing model has it."""
     rows = []
     for factor in LOADS:
         running.set_load(factor * bound_s)
-        found = in_turns(running, [RESIDENT, AHEAD], prompts[:3], tokens)
-        resident_s = statistics.median(a.tpot_s for a in found[RESIDENT.name])
-        measured_s = statistics.median(a.tpot_s for a in found[AHEAD.name])
-        model_s = predicted_s(running, times, factor * bound_s, steps_ahead=RUN_AHEAD)
-        free_s = predicted_s(running, times, 0.0, steps_ahead=RUN_AHEAD)
+        found = in_turns(running, [RESIDENT, AHEAD], [saying(prompt, PACED_TOKENS) for prompt in prompts[:3]])
+        measured = statistics.median(1 / speed for speed in relative(found, AHEAD.name))
+        more = {"steps_ahead": RUN_AHEAD, "shadow_s": PACE.shadow_s}
+        model_s, free_s = (predicted_s(running, times, load_s, **more) for load_s in (factor * bound_s, 0.0))
         rows.append(
             {
                 "load_over_bound": factor,
                 "load_ms": factor * bound_s * 1e3,
-                "measured_over_resident": measured_s / resident_s,
+                "measured_over_resident": measured,
                 "predicted_over_resident": model_s / free_s,
                 "hit_rate": statistics.median(a.routing.hit_rate for a in found[AHEAD.name]),
             }
         )
-        measured = measured_s / resident_s
         say(f"load of {factor:g} x the bound: {measured:.2f} x resident, predicted {model_s / free_s:.2f}")
     return rows
 
 
-def run_ahead(running: Cluster, prompt: list[int], tokens: int, say: Say) -> list[dict[str, float]]:
+def run_ahead(running: Cluster, texts: dict[float, list[int]], prefix: int, say: Say) -> list[dict[str, float]]:
     """Layers of lead and TPOT with and without running ahead, on texts whose words are guessed more or less well."""
     rows = []
-    for rate in AGREEMENTS:
-        text = agreeing(running.resident, prompt, tokens, rate, seed=1)
+    for rate, text in texts.items():
         row: dict[str, float] = {"agreement_aimed": rate}
-        resident_s, _ = forced_tpot_s(running.resident, text, len(prompt))
-        for name, alignment in (("late", LATE), ("ahead", AHEAD.alignment)):
-            assert alignment is not None
-            running.align(alignment)
+        resident_s = RESIDENT.run(running, reading(text, prefix)).tpot_s
+        for name, variant in (("late", LATE), ("ahead", AHEAD)):
             before, lead = running.counts(), Lead()
             with lead.watched(running.cacheless, len(running.sizes)):
-                tpot_s, routing = forced_tpot_s(running.cacheless, text, len(prompt))
+                found = variant.run(running, reading(text, prefix))
             after = running.counts()
             row[f"agreement_{name}"] = (after.right - before.right) / max(1, after.guesses - before.guesses)
             row[f"lead_{name}"] = float(np.mean(lead.layers))
-            row[f"speed_{name}"] = resident_s / tpot_s
-            row[f"hits_{name}"] = routing.hit_rate
+            row[f"speed_{name}"] = resident_s / found.tpot_s
+            row[f"hits_{name}"] = found.routing.hit_rate
         rows.append(row)
         say(
             f"agreement {row['agreement_ahead']:.2f}: lead {row['lead_late']:.1f} layers late, {row['lead_ahead']:.1f} "
@@ -218,8 +229,8 @@ def first_tokens(running: Cluster, say: Say) -> list[dict[str, float]]:
         for prompt in prompts:
             for whole in (True, False):
                 planner.whole = whole
-                taken[whole].append(answer(running.cacheless, prompt, 1).ttft_s)
-        resident = [answer(running.resident, prompt, 1).ttft_s for prompt in prompts]
+                taken[whole].append(saying(prompt, 1)(running.cacheless).ttft_s)
+        resident = [saying(prompt, 1)(running.resident).ttft_s for prompt in prompts]
         planner.whole = False
         whole_s, cut_s = statistics.median(taken[True][3:]), statistics.median(taken[False][3:])
         rows.append(
@@ -236,53 +247,65 @@ def first_tokens(running: Cluster, say: Say) -> list[dict[str, float]]:
     return rows
 
 
-def synthetic(options: argparse.Namespace, settings: dict[str, Any], say: Say) -> list[Figure]:
+def synthetic(options: argparse.Namespace, console: Console, settings: dict[str, Any], say: Say) -> list[Figure]:
     """Random weights of a real model's proportions, and a 4-bit shadow: memory, and speed where experts are large."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model"
         written = write_synthetic(path, like="mixtral", size_bytes=options.size, seed=0, dtype="float32")
         say(f"{written.layers} layers x {written.experts} experts, top-{written.top_k}, hidden {written.hidden}")
-        setup = Setup(model=path, workers=8, group_size=2, slots=2, bits=4)
+        setup = Setup(model=path, workers=8, group_size=2, top_k=written.top_k, bits=4)
         with cluster(setup) as running:
             prompts = [np.random.default_rng(seed).integers(5, 200, 8).tolist() for seed in range(3)]
-            times = layer_times(running, prompts[0], 24)
-            load_s = times.hidden_load_s(setup.workers, setup.group_size)
-            running.set_load(load_s)
-            settings["synthetic"] = asdict(times) | {"load_s": load_s, "workers": 8, "group_size": 2}
-            found = in_turns(running, [RESIDENT, AHEAD], prompts, 32)
+            set_link(running, prompts[0], 24, settings, say, "synthetic")
+            found = in_turns(running, [RESIDENT, AHEAD, LATE], [saying(prompt, 32) for prompt in prompts])
+            settings["synthetic"] |= print_speeds(console, "1 GB synthetic, 8 workers in groups of 2", found)
             trunk = running.checkpoint.trunk_bytes
             total = trunk + running.checkpoint.routed_bytes
             slots = running.peak_slot_bytes()
-            say(f"TPOT resident {median_ms([a.tpot_s for a in found[RESIDENT.name]])}")
+            memory = (slots + trunk + running.shadow_bytes) / total
             return [
-                figure(
-                    "memory_fraction", [(slots + trunk + running.shadow_bytes) / total], "share", "asked 1/3 at most"
-                ),
+                figure("memory_fraction", [memory], "share", "slots, trunk and shadow; asked 1/3 at most"),
                 figure("slot_fraction", [slots / total], "share", "asked a tenth"),
-                figure(
-                    "decode_vs_resident_synthetic", relative(found, AHEAD.name), "x", "1 GB, 8 workers in groups of 2"
-                ),
+                figure("decode_vs_resident_synthetic", relative(found, AHEAD.name), "x", "1 GB, groups of 2"),
                 figure("hits_in_use_synthetic", [a.routing.hit_rate for a in found[AHEAD.name]], "share"),
             ]
 
 
-def print_speeds(console: Console, found: dict[str, Any], speeds: dict[str, list[float]]) -> None:
-    """A line per variant."""
-    table = Table(title="decode, link as slow as can be hidden")
-    for column in ("variant", "TPOT", "of resident", "range", "recall", "in time"):
+def busy(found: dict[str, list[Answer]]) -> list[float]:
+    """Processor time per token of the whole cluster with a shadow, over that with everything resident."""
+    pairs = zip(found[AHEAD.name], found[RESIDENT.name], strict=True)
+    return [sum(mine.processor_s.values()) / sum(theirs.processor_s.values()) for mine, theirs in pairs]
+
+
+def print_speeds(console: Console, title: str, found: dict[str, list[Answer]]) -> dict[str, Any]:
+    """A line per variant; returns them for JSON."""
+    table = Table(title=f"{title}; the last columns are processor time per token")
+    for column in ("variant", "TPOT", "of resident", "range", "recall", "in time", "main", "shadow", "workers"):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    for name, values in speeds.items():
-        answers = found[name]
+    lines = {}
+    for name, answers in found.items():
+        speeds = relative(found, name)
         recalls = [a.routing.recall for a in answers if a.routing.recall is not None]
+        processor = {who: statistics.median(a.processor_s[who] for a in answers) for who in answers[0].processor_s}
+        hit_rate = statistics.mean(a.routing.hit_rate for a in answers)
         table.add_row(
             name,
             median_ms([a.tpot_s for a in answers]),
-            f"{statistics.median(values):.2f}",
-            f"{min(values):.2f} to {max(values):.2f}",
+            f"{statistics.median(speeds):.2f}",
+            f"{min(speeds):.2f} to {max(speeds):.2f}",
             f"{statistics.mean(recalls):.3f}" if recalls else "",
-            f"{statistics.mean(a.routing.hit_rate for a in answers):.3f}",
+            f"{hit_rate:.3f}",
+            *(median_ms([seconds]) for seconds in processor.values()),
         )
+        lines[name] = {
+            "of_resident": speeds,
+            "tpot_s": [a.tpot_s for a in answers],
+            "hit_rate": hit_rate,
+            "recall": statistics.mean(recalls) if recalls else None,
+            "processor_s": processor,
+        }
     console.print(table)
+    return {"variants": lines}
 
 
 def print_rows(console: Console, title: str, rows: list[dict[str, float]]) -> None:

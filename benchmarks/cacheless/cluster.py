@@ -28,6 +28,7 @@ from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.service import ModelService
 from raymoe.experts.link import EmulatedLink
 from raymoe.placement.ownership import Capacity, primary_owners
+from raymoe.placement.pipelining import hidden_load_s
 from raymoe.transport.client import WorkerClient
 from raymoe.transport.shadow import ShadowClient
 from raymoe.transport.sockets import KeyPair
@@ -38,7 +39,7 @@ from raymoe.types import DeviceName
 class Pace:
     """Emulated devices: what each takes at least, in seconds per MoE layer. All of it is still computed.
 
-    A dozen processes on two cores measure how the cores are shared; devices of their own would not share them.
+    Ten processes on two cores measure how the cores are shared; devices of their own would not share them.
     """
 
     main_s: float = 0.0
@@ -57,8 +58,22 @@ class Setup:
     model: Path
     workers: int
     group_size: int
-    slots: int
+    top_k: int
     bits: int
+
+    @property
+    def loads(self) -> int:
+        """Experts that a worker loads for a layer."""
+        return -(-self.top_k // self.group_size)
+
+    @property
+    def slots(self) -> int:
+        """Of each worker: those, and one to load into meanwhile."""
+        return self.loads + 1
+
+    def hidden_load_s(self, main_s: float, worker_s: float) -> float:
+        """The longest time of one load that costs nothing."""
+        return hidden_load_s(self.workers, self.group_size, main_s, worker_s) / self.loads
 
 
 class Far:
@@ -148,6 +163,8 @@ def run_worker(pipe: Connection, config: ClusterConfig, index: int, clients: set
             pipe.send(None)
         elif question[0] == "report":
             pipe.send(cacheless.report())
+        elif question[0] == "processor":
+            pipe.send(time.process_time())
     for server in servers.values():
         server.close()
     cacheless.close()
@@ -173,10 +190,12 @@ def run_shadow(pipe: Connection, config: ClusterConfig, engine_key: bytes, keys:
     """The shadow's process."""
     import threading
 
+    from raymoe.actors.shadow import SHADOW_NICENESS
     from raymoe.engine.shadow_host import ShadowHost, alignment_of, build_shadow_model
     from raymoe.transport.shadow import ShadowServer
 
     settle_down()
+    os.nice(SHADOW_NICENESS)
     assert config.predictor is not None
     checkpoint = open_checkpoint(config.model.source, config.model.dtype)
     limits, sizes = message_limits(checkpoint), checkpoint.sizes()
@@ -219,6 +238,8 @@ def run_shadow(pipe: Connection, config: ClusterConfig, engine_key: bytes, keys:
             pipe.send(None)
         elif question[0] == "counts":
             pipe.send((host.shadow.counts, host.failure and str(host.failure)))
+        elif question[0] == "processor":
+            pipe.send(time.process_time())
     host.stop()
     thread.join(timeout=10)
     server.close()
@@ -331,6 +352,11 @@ class Cluster:
         if failure:
             raise RuntimeError(f"the shadow failed: {failure}")
         return counts
+
+    def processor_s(self) -> dict[str, float]:
+        """Seconds of processor so far, by who used them."""
+        workers_s = sum(worker.ask("processor") for worker in self._workers)
+        return {"main": time.process_time(), "shadow": self._shadow.ask("processor"), "workers": workers_s}
 
     def peak_slot_bytes(self) -> int:
         """Of all workers."""

@@ -5,9 +5,9 @@ L MoE layers.
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from predictor.shadow import Alignment
 from raymoe.engine.cacheless import CachelessScheduler
 from raymoe.engine.forced import forced
 from raymoe.engine.service import ModelService
-from raymoe.placement.pipelining import DecodePipeline, hidden_load_s, predicted_tpot_s
+from raymoe.placement.grouping import group_count
+from raymoe.placement.pipelining import DecodePipeline, predicted_tpot_s
 from raymoe.types import Routing
 
 WARM_STEPS = 8  # of each answer: the shadow gets into its stride
@@ -25,25 +26,71 @@ WARM_STEPS = 8  # of each answer: the shadow gets into its stride
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One answer: median seconds per token after the first ones, and what its expert calls cost."""
+    """One answer: mean seconds per token after the first ones, and what the expert calls of its decode steps cost.
+
+    Attributes:
+        processor_s: seconds of processor per token, prompt and first tokens too, by who used them.
+    """
 
     tpot_s: float
     ttft_s: float
     tokens: tuple[int, ...]
     routing: Routing
+    processor_s: Mapping[str, float] = field(default_factory=dict)
 
 
-def answer(service: ModelService, prompt: Sequence[int], tokens: int, **options: Any) -> Answer:
-    """Decode, and time every token. At temperature 1, unless the options say otherwise."""
-    times, found = [time.perf_counter()], []
-    routing = Routing()
-    asked = {"temperature": 1.0, "seed": 0, "ignore_eos": True, **options}
-    for chunk in service.stream(list(prompt), max_tokens=tokens, **asked):
-        times += [time.perf_counter()] * len(chunk.token_ids)
-        found += chunk.token_ids
-        routing = chunk.routing or routing
-    steps_s = np.diff(times[1 + WARM_STEPS :]) if tokens > WARM_STEPS + 1 else np.zeros(1)
-    return Answer(tpot_s=float(steps_s.mean()), ttft_s=times[1] - times[0], tokens=tuple(found), routing=routing)
+Task = Callable[[ModelService], Answer]
+"""Something to decode."""
+
+
+def saying(prompt: Sequence[int], tokens: int, **options: Any) -> Task:
+    """What the model says itself: at temperature 1, unless the options say otherwise."""
+
+    def decode(service: ModelService) -> Answer:
+        times = [time.perf_counter()]
+        found: list[int] = []
+        asked = {"temperature": 1.0, "seed": 0, "ignore_eos": True, **options}
+        with step_costs(service) as costs:
+            for chunk in service.stream(list(prompt), max_tokens=tokens, **asked):
+                times += [time.perf_counter()] * len(chunk.token_ids)
+                found += chunk.token_ids
+        steps_s = np.diff(times[1 + WARM_STEPS :]) if tokens > WARM_STEPS + 1 else np.zeros(1)
+        routing = sum(costs[1:], Routing())
+        return Answer(tpot_s=float(steps_s.mean()), ttft_s=times[1] - times[0], tokens=tuple(found), routing=routing)
+
+    return decode
+
+
+def reading(text: Sequence[int], prefix: int) -> Task:
+    """Given text after a prompt of ``prefix`` tokens, guessed greedily."""
+
+    def decode(service: ModelService) -> Answer:
+        result = forced(service.runner, service.experts, [list(text)], prefix=prefix)
+        return Answer(
+            tpot_s=float(result.step_s[WARM_STEPS:].mean()),
+            ttft_s=result.prefill_s,
+            tokens=tuple(result.argmax_BN[0].tolist()),
+            routing=result.routing,
+        )
+
+    return decode
+
+
+@contextmanager
+def step_costs(service: ModelService) -> Iterator[list[Routing]]:
+    """While open, what each forward of the request under way costs; the prompt's comes first."""
+    scheduler, costs = service.experts, []
+    own = scheduler.take_cost
+
+    def take_cost() -> Routing:
+        costs.append(own())
+        return costs[-1]
+
+    scheduler.take_cost = take_cost  # type: ignore[method-assign]
+    try:
+        yield costs
+    finally:
+        del scheduler.take_cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +100,6 @@ class LayerTimes:
     main_s: float
     worker_s: float
     head_s: float
-
-    def hidden_load_s(self, workers: int, group_size: int) -> float:
-        """The longest load that costs nothing."""
-        return hidden_load_s(workers, group_size, self.main_s, self.worker_s)
 
 
 @contextmanager
@@ -72,7 +115,7 @@ def timed_calls(service: ModelService) -> Iterator[list[tuple[float, float]]]:
         finally:
             calls.append((begin_s, time.perf_counter()))
 
-    scheduler.compute = compute  # type: ignore[method-assign]
+    scheduler.compute = compute  # type: ignore[method-assign, assignment]
     try:
         yield calls
     finally:
@@ -83,7 +126,7 @@ def layer_times(cluster: Cluster, prompt: Sequence[int], tokens: int) -> LayerTi
     """With everything resident."""
     layers = len(cluster.sizes)
     with timed_calls(cluster.resident) as calls:
-        answer(cluster.resident, prompt, tokens)
+        saying(prompt, tokens)(cluster.resident)
     steps = np.array(calls[layers * (1 + WARM_STEPS) :]).reshape(-1, layers, 2)
     worker_s = float((steps[:, :, 1] - steps[:, :, 0]).mean())
     main_s = float((steps[:, 1:, 0] - steps[:, :-1, 1]).mean())
@@ -132,20 +175,24 @@ class Variant:
     at_random: bool = False
     is_resident: bool = False
 
-    def run(self, cluster: Cluster, prompt: Sequence[int], tokens: int, **options: Any) -> Answer:
-        """One answer this way."""
-        if self.is_resident:
-            return answer(cluster.resident, prompt, tokens, **options)
-        if self.alignment is None:
-            return answer(cluster.unforetold, prompt, tokens, **options)
-        cluster.align(self.alignment, at_random=self.at_random)
-        return answer(cluster.cacheless, prompt, tokens, **options)
+    def run(self, cluster: Cluster, task: Task) -> Answer:
+        """One task done this way."""
+        service = cluster.resident if self.is_resident else cluster.cacheless
+        if self.alignment is not None:
+            cluster.align(self.alignment, at_random=self.at_random)
+        elif not self.is_resident:
+            service = cluster.unforetold
+        before_s = cluster.processor_s()
+        done = task(service)
+        per_token = {who: (s - before_s[who]) / len(done.tokens) for who, s in cluster.processor_s().items()}
+        return replace(done, processor_s=per_token)
 
 
 RESIDENT = Variant(name="everything resident", is_resident=True)
 AHEAD = Variant(name="both alignments, run ahead", alignment=Alignment())
+LATE = Variant(name="1 both alignments", alignment=Alignment(run_ahead=0))
 ABLATION = (
-    Variant(name="1 both alignments", alignment=Alignment(run_ahead=0)),
+    LATE,
     Variant(name="2 token only", alignment=Alignment(kv_every=0, run_ahead=0)),
     Variant(name="3 KV only", alignment=Alignment(token_every=0, run_ahead=0)),
     Variant(name="4 none", alignment=Alignment(token_every=0, kv_every=0, run_ahead=0)),
@@ -154,16 +201,14 @@ ABLATION = (
 )
 
 
-def in_turns(
-    cluster: Cluster, variants: Sequence[Variant], prompts: Sequence[Sequence[int]], tokens: int
-) -> dict[str, list[Answer]]:
-    """Each variant answers each prompt, in turns; an answer before that warms up."""
+def in_turns(cluster: Cluster, variants: Sequence[Variant], tasks: Sequence[Task]) -> dict[str, list[Answer]]:
+    """Each variant does each task, in turns; one answer before that warms up."""
     for variant in variants:
-        variant.run(cluster, prompts[0], WARM_STEPS + 4)
+        variant.run(cluster, saying([1, 2, 3], WARM_STEPS + 4))
     found: dict[str, list[Answer]] = {variant.name: [] for variant in variants}
-    for number, prompt in enumerate(prompts):
+    for task in tasks:
         for variant in variants:
-            found[variant.name].append(variant.run(cluster, prompt, tokens, seed=number))
+            found[variant.name].append(variant.run(cluster, task))
     for name, answers in found.items():
         for mine, theirs in zip(answers, found[variants[0].name], strict=True):
             assert mine.tokens == theirs.tokens, f"{name} gave other tokens than {variants[0].name}"
@@ -178,18 +223,15 @@ def relative(found: dict[str, list[Answer]], name: str, base: str = RESIDENT.nam
 def predicted_s(cluster: Cluster, times: LayerTimes, load_s: float, **more: Any) -> float:
     """What the timing model says of a link."""
     setup = cluster.setup
-    groups = max(1, setup.workers // setup.group_size)
-    top_k = max(size.top_k for size in cluster.sizes)
-    loads = -(-top_k // setup.group_size)
     pipeline = DecodePipeline(
         layers=len(cluster.sizes),
-        groups=groups,
+        groups=group_count(setup.workers, setup.group_size),
         main_s=times.main_s,
         worker_s=times.worker_s,
         head_s=times.head_s,
         load_s=load_s,
-        loads=loads,
-        spare_slots=setup.slots - loads,
+        loads=setup.loads,
+        spare_slots=setup.slots - setup.loads,
         **more,
     )
     return predicted_tpot_s(pipeline)
@@ -203,16 +245,9 @@ def agreeing(service: ModelService, prompt: Sequence[int], tokens: int, rate: fl
     while len(text) < len(prompt) + tokens:
         run = int(random.geometric(1 - rate)) - 1 if rate < 1 else tokens
         if run > 0:
-            more = answer(service, text, min(run, tokens), temperature=0.0)
-            text += more.tokens
+            text += saying(text, min(run, tokens), temperature=0.0)(service).tokens
         text.append(int(random.integers(vocabulary // 8, vocabulary)))
     return text[: len(prompt) + tokens]
-
-
-def forced_tpot_s(service: ModelService, text: Sequence[int], prefix: int) -> tuple[float, Routing]:
-    """Seconds per token of given text."""
-    result = forced(service.runner, service.experts, [list(text)], prefix=prefix)
-    return float(result.step_s[WARM_STEPS:].mean()), result.routing
 
 
 def median_ms(values: Sequence[float]) -> str:

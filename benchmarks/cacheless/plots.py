@@ -23,7 +23,7 @@ def ablation(speeds: dict[str, list[float]], path: Path) -> None:
         axes.text(max(*values, median) + 0.015, place, f"{median:.2f}", va="center")
     axes.axvline(1.0, color=GREY, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(names)), list(reversed(names)))
-    axes.set(xlabel="decode speed, 1 = everything resident", title="What foretelling is worth (emulated links)")
+    axes.set(xlabel="decode speed, 1 = everything resident", title="What foretelling is worth (emulated links and devices)")
     axes.set_xlim(0, 1.15)
     finish(figure, path)
 
@@ -38,7 +38,7 @@ def links(rows: list[dict[str, float]], bound_s: float, path: Path) -> None:
     axes.set(
         xlabel="time of one load, in multiples of the bound",
         ylabel="time per token, 1 = everything resident",
-        title="Flat until the bound, then linear (emulated links)",
+        title="Flat until the bound, then linear (emulated links and devices)",
         ylim=(0, None),
     )
     axes.legend(frameon=False)
@@ -56,7 +56,7 @@ def ahead(rows: list[dict[str, float]], path: Path) -> None:
     right.set(
         xlabel="share of tokens guessed",
         ylabel="speed, 1 = everything resident",
-        title="Decode speed (emulated links)",
+        title="Decode speed (emulated links and devices)",
         ylim=(0, 1.1),
     )
     for axes in (left, right):
