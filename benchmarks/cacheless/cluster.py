@@ -327,7 +327,7 @@ class Cluster:
             self._metronome.wait()
             return route(*arguments)
 
-        service.experts.route = route_in_time  # type: ignore[method-assign]
+        service.experts.route = route_in_time  # type: ignore[method-assign, assignment]
         stack.callback(service.close)
         return service
 

@@ -23,7 +23,8 @@ def ablation(speeds: dict[str, list[float]], path: Path) -> None:
         axes.text(max(*values, median) + 0.015, place, f"{median:.2f}", va="center")
     axes.axvline(1.0, color=GREY, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(names)), list(reversed(names)))
-    axes.set(xlabel="decode speed, 1 = everything resident", title="What foretelling is worth (emulated links and devices)")
+    axes.set_xlabel("decode speed, 1 = everything resident")
+    axes.set_title("What foretelling is worth (emulated links and devices)")
     axes.set_xlim(0, 1.15)
     finish(figure, path)
 

@@ -139,16 +139,15 @@ class CachelessScheduler:
                 if self.foresight.book.plan(step, there) is None or ahead == 1:
                     scores_TE = forecast.scores(layer, ahead)
                     if scores_TE is not None:
-                        self._plan(step, there, scores_TE, k)
+                        rule = self._routers[there].rule
+                        self._plan(step, there, scores_TE if rule is None else rule.selection_scores(scores_TE), k)
         except Exception:
             log.exception("forecasts from layer %d failed; there are no more of this kind", layer)
             self._forecast = None
 
     def _plan(self, step: StepId, layer: int, scores_TE: np.ndarray, k: int) -> None:
         """Order the best experts, unless that is what the plan says already."""
-        rule = self._routers[layer].rule
-        chosen_by_TE = scores_TE if rule is None else rule.selection_scores(scores_TE)
-        experts_TK = np.argsort(-chosen_by_TE, axis=1, kind="stable")[:, :k]
+        experts_TK = np.argsort(-scores_TE, axis=1, kind="stable")[:, :k]
         before = self.foresight.book.plan(step, layer)
         if before is not None and set(before.experts_N.tolist()) == set(experts_TK.reshape(-1).tolist()):
             return

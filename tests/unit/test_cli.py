@@ -20,7 +20,7 @@ from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats, Predict
 from raymoe.types import Routing
 from tests.toy_models import save_toy
 
-COMMANDS = ("serve", "generate", "calibrate", "tune", "predictor", "inspect", "status", "synth", "version")
+COMMANDS = ("serve", "generate", "calibrate", "tune", "predictor", "trace", "inspect", "status", "synth", "version")
 
 
 def run(*arguments: str, **options: Any) -> Result:
@@ -58,6 +58,7 @@ def test_no_command_shows_the_help() -> None:
         ("calibrate", ["MODEL", "--output", "-o", "[required]", "--text", "itself says at temperature", "2048"]),
         ("tune", ["CONFIG", "--tpot-ms", "--text", "--tokens", "512", "--json", "policy importance", "exit code is 1"]),
         ("predictor", ["eval", "Measure a predictor's recall"]),
+        ("trace", ["CONFIG", "--output", "-o", "[required]", "--tokens", "--png"]),
         ("inspect", ["PATH", "--json", "Reads headers only"]),
         ("status", ["--name", "--json"]),
         ("synth", ["OUT", "--like", "qwen3_moe", "--size", "1GB", "--seed", "no tokenizer"]),
