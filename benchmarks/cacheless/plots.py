@@ -25,7 +25,7 @@ def ablation(speeds: dict[str, list[float]], path: Path) -> None:
     axes.set_yticks(range(len(names)), list(reversed(names)))
     axes.set_xlabel("decode speed, 1 = everything resident")
     axes.set_title("What foretelling is worth (emulated links and devices)")
-    axes.set_xlim(0, 1.15)
+    axes.set_xlim(0, max(1.0, *(max(speeds[name]) for name in names)) + 0.15)
     finish(figure, path)
 
 
