@@ -16,6 +16,16 @@ from raymoe.config import (
     TrunkConfig,
     UserConfig,
 )
+from raymoe.planning.cluster import (
+    ComputeSpec,
+    DevicesFile,
+    DeviceSpec,
+    HitRatesSpec,
+    LinkSpec,
+    NetworkSpec,
+    PredictorSpec,
+    TimesSpec,
+)
 
 SECTIONS: dict[str, type[StrictModel]] = {
     "the file": ClusterConfig,
@@ -27,6 +37,14 @@ SECTIONS: dict[str, type[StrictModel]] = {
     "predictor": PredictorConfig,
     "serving": ServingConfig,
     "user_config of the engine in a Ray Serve config": UserConfig,
+    "the devices file of `raymoe plan`": DevicesFile,
+    "devices file: devices (a list)": DeviceSpec,
+    "devices file: link": LinkSpec,
+    "devices file: compute": ComputeSpec,
+    "devices file: times": TimesSpec,
+    "devices file: network": NetworkSpec,
+    "devices file: predictor": PredictorSpec,
+    "devices file: hit_rates": HitRatesSpec,
 }
 HEAD = """# Configuration
 

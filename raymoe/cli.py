@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymoe import measuring, predicting, tracing
+from raymoe import measuring, plan_command, predicting, probing, tracing
 from raymoe.errors import CheckpointError, ConfigError, RaymoeError, RequestError, StartError
 from raymoe.observe import terminal
 
@@ -176,6 +176,8 @@ def status(
 app.command()(measuring.calibrate)
 app.command()(measuring.tune)
 app.command()(tracing.trace)
+app.command()(plan_command.plan)
+app.command()(probing.probe)
 app.add_typer(predicting.app, name="predictor")
 
 

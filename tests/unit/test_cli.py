@@ -20,7 +20,20 @@ from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats, Predict
 from raymoe.types import Routing
 from tests.toy_models import save_toy
 
-COMMANDS = ("serve", "generate", "calibrate", "tune", "predictor", "trace", "inspect", "status", "synth", "version")
+COMMANDS = (
+    "serve",
+    "generate",
+    "calibrate",
+    "tune",
+    "predictor",
+    "trace",
+    "plan",
+    "probe",
+    "inspect",
+    "status",
+    "synth",
+    "version",
+)
 
 
 def run(*arguments: str, **options: Any) -> Result:
@@ -59,6 +72,8 @@ def test_no_command_shows_the_help() -> None:
         ("tune", ["CONFIG", "--tpot-ms", "--text", "--tokens", "512", "--json", "policy importance", "exit code is 1"]),
         ("predictor", ["eval", "Measure a predictor's recall"]),
         ("trace", ["CONFIG", "--output", "-o", "[required]", "--tokens", "--png"]),
+        ("plan", ["MODEL", "--cluster", "--tpot-ms", "--prompt-tokens", "--json", "exit code is 1"]),
+        ("probe", ["--output", "-o", "--listen", "--peer", "--json", "this machine"]),
         ("inspect", ["PATH", "--json", "Reads headers only"]),
         ("status", ["--name", "--json"]),
         ("synth", ["OUT", "--like", "qwen3_moe", "--size", "1GB", "--seed", "no tokenizer"]),
