@@ -55,6 +55,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.predictor --quick --json out/predictor.json
 	$(BIN)/python -m benchmarks.on_demand --quick --json out/on-demand.json
 	$(BIN)/python -m benchmarks.planning out/on-demand.json --json out/planning.json
+	$(BIN)/python -m benchmarks.simulation --quick --measured out/on-demand.json --json out/simulation.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

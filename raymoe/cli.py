@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymoe import measuring, plan_command, predicting, probing, tracing
+from raymoe import measuring, plan_command, predicting, probing, recording, simulating, tracing
 from raymoe.errors import CheckpointError, ConfigError, RaymoeError, RequestError, StartError
 from raymoe.observe import terminal
 
@@ -178,6 +178,8 @@ app.command()(measuring.tune)
 app.command()(tracing.trace)
 app.command()(plan_command.plan)
 app.command()(probing.probe)
+app.command()(recording.record)
+app.command()(simulating.simulate)
 app.add_typer(predicting.app, name="predictor")
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import queue
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,11 @@ from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
 from raymoe.engine.foresight import Foresight, ShadowLink
 from raymoe.engine.profile import load_similarity
+from raymoe.engine.record import RecordingScheduler, recording
 from raymoe.engine.request import Chunk, Result, SamplingParams, collect
 from raymoe.engine.sampling import SamplingDefaults
 from raymoe.engine.scheduler import ExpertScheduler, OnForecast
+from raymoe.engine.scheduler_protocol import Scheduler
 from raymoe.engine.watch import WatchedScheduler
 from raymoe.errors import CheckpointError, RequestError
 from raymoe.experts.build import torch_device
@@ -257,6 +260,17 @@ class ModelService:
         for _, module in experts_modules(self.runner.model):
             module.raymoe_backend = experts
         return before.tracer.recording() if isinstance(before, WatchedScheduler) else None
+
+    @contextmanager
+    def recorded(self) -> Iterator[RecordingScheduler]:
+        """Note what is routed where while it is entered. No request may be under way at either end."""
+        foresight = getattr(self.experts, "foresight", None) if self.config.predictor_kind == "shadow" else None
+
+        def put(scheduler: Scheduler) -> None:
+            self._engine.experts = scheduler
+
+        with recording(self.runner.model, self.experts, self.experts, put, foresight) as recorder:
+            yield recorder
 
     def reconfigure(self, scheduling: SchedulingConfig) -> None:
         """Schedule by other settings from the next step on.

@@ -70,6 +70,7 @@ class Bay(ABC):
 
     Attributes:
         tracer: told of loads; None where nobody looks.
+        clock: seconds by which loads under way are judged; a simulation puts its own in its place.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Bay(ABC):
         self.expert_bytes = expert_bytes
         self.load_cost = Cost()
         self.tracer: Tracer | None = None
+        self.clock = time.perf_counter
         self._loader = loader
         self._store = store
         self._lock = threading.Lock()
@@ -103,6 +105,14 @@ class Bay(ABC):
     def next_arrival(self, step: Step) -> tuple[int, int] | None:
         """Wait for the next missing expert: (expert id, slot); None when all were delivered."""
 
+    def poll(self, step: Step) -> bool:
+        """Go on with what waits for a slot; whether ``next_arrival`` would return now. For those who don't wait."""
+        with self._lock:
+            if step.waiting and not step.arriving:
+                self._go_on(step)
+            ticket = self._tickets.get(step.arriving[0]) if step.arriving else None
+            return bool(step.arriving) and (ticket is None or ticket.is_done())
+
     @abstractmethod
     def release(self, step: Step, slots: list[int]) -> None:
         """The experts in ``slots`` are computed."""
@@ -110,6 +120,10 @@ class Bay(ABC):
     @abstractmethod
     def end_step(self) -> None:
         """The call is over: nothing is shielded any more."""
+
+    @abstractmethod
+    def _go_on(self, step: Step) -> None:
+        """Begin what loads of the call can begin now. The caller holds the lock."""
 
     @abstractmethod
     def load(self, identifier: int) -> None:
@@ -158,7 +172,7 @@ class Bay(ABC):
         """Begin the load into a slot that was claimed for it."""
         source = self._store.experts[identifier]
         self._tickets[identifier] = self._loader.start(source, self.pool.slots[slot], self.expert_bytes, priority)
-        self._started_s[identifier] = time.perf_counter()
+        self._started_s[identifier] = self.clock()
         self._failed.pop(identifier, None)
         if self.tracer is not None:
             order = "on demand" if priority == ON_DEMAND else "ordered"

@@ -136,6 +136,9 @@ class Conveyor(Bay):
 
     # --- the caller holds the lock ----------------------------------------------------------------------
 
+    def _go_on(self, step: Step) -> None:
+        self._advance()
+
     def _claim(self, of: StepId | None, layer: int, identifiers: list[int], slots_P: np.ndarray) -> Step:
         """Claim experts for the call in hand: those under way are hurried, those that are missing wait for a slot."""
         self._claimed = set(identifiers)

@@ -166,7 +166,7 @@ class Shelf(Bay):
         if host_s is None or load_s is None:
             arriving = [i for i in identifiers if i in self.residency.slot_of]
             return Step(layer, slots_P, deque(i for i in identifiers if i not in arriving), deque(arriving))
-        now = time.perf_counter()
+        now = self.clock()
         in_flight = [i in self.residency.slot_of for i in identifiers]
         remaining = np.array(
             [
@@ -193,7 +193,7 @@ class Shelf(Bay):
         for identifier, ticket in self._tickets.items():
             mine, expert = layer_and_expert(identifier)
             wrong = mine == layer and not (experts_P == expert).any()
-            if wrong and time.perf_counter() - self._started_s[identifier] < load_s / 2:
+            if wrong and self.clock() - self._started_s[identifier] < load_s / 2:
                 ticket.cancel()
 
     def _order(self, layer: int, worth: dict[int, float]) -> None:
@@ -221,6 +221,10 @@ class Shelf(Bay):
         residency = self.residency
         values = self.keeper.values(residency.place_S, residency.last_use_S)
         return residency.victim(layer_and_expert(identifier)[0], values)
+
+    def _go_on(self, step: Step) -> None:
+        self._settle()
+        self._load_waiting(step)
 
     def _load_waiting(self, step: Step) -> None:
         while step.waiting and self._begin_load(step.waiting[0], ON_DEMAND):

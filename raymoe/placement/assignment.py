@@ -15,7 +15,7 @@ L MoE layers, W workers, E experts of a layer, N experts to hand out.
 """
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -237,7 +237,7 @@ def _earliest(
         late = slots is not None and load > slots[worker]
         return late, count > free[worker], busy_s[worker] + load * load_s[worker], count, worker
 
-    places = [place(worker, 1) for worker in range(fleet.workers) if anyone >> worker & 1]
+    places = [place(worker, 1) for worker in _workers(anyone)]
     heapq.heapify(places)
     worker_N, missing = [-1] * len(masks), len(masks)
     while missing:
@@ -248,6 +248,14 @@ def _earliest(
         else:
             heapq.heappop(places)
     return worker_N
+
+
+def _workers(mask: int) -> Iterator[int]:
+    """The workers whose bits are set, in their order; of a thousand, a group is a few."""
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
 
 
 def _give_one(worker: int, worker_N: list[int], masks: list[int]) -> bool:
