@@ -132,7 +132,7 @@ class TrunkConfig(StrictModel):
     native_kernels: bool = Field(True, description="Use C++ kernels for decoding on a CPU where a compiler is found.")
 
 
-Policy = Literal["on_demand", "all_resident", "importance", "on_demand_shadow"]
+Policy = Literal["on_demand", "all_resident", "importance", "on_demand_shadow", "joint"]
 Eviction = Literal["score", "lru", "lfu"]
 Prefetch = Literal["gate", "resident", "none"]
 SimilarityMeasure = Literal["score", "coactivation", "output"]
@@ -150,15 +150,19 @@ class SchedulingConfig(StrictModel):
         "on_demand",
         description="on_demand: load on a miss, evict the least recently used; all_resident: load once; "
         "importance: schedule by gate scores, with substitution, prefetch and host assist; on_demand_shadow: no "
-        "cache, experts are loaded as the predictor names them and leave after use.",
+        "cache, experts are loaded as the predictor names them and leave after use; joint: both, forecast scores say "
+        "what is loaded, what is replaced and, with slots to spare, what stays; the default where there is a "
+        "predictor.",
     )
     group_size: int | None = Field(
         None,
         ge=1,
-        description="Workers that serve one layer under policy on_demand_shadow, in turns with other groups; "
-        "omitted: one per expert of a token.",
+        description="Workers that serve one layer under policies on_demand_shadow and joint, in turns with other "
+        "groups; omitted: one per expert of a token.",
     )
-    alpha: Alpha = Field(0.25, description="Width of the substitution window; 0 is exact. Of policy importance.")
+    alpha: Alpha = Field(
+        0.25, description="Width of the substitution window; 0 is exact. Of policies importance and joint."
+    )
     alpha_max: Alpha = Field(0.5, description="Largest alpha that a request or the budget may choose.")
     tpot_budget_s: float | None = Field(
         None,
@@ -199,10 +203,20 @@ class SchedulingConfig(StrictModel):
             raise ValueError(f"alpha is {self.alpha:g}, but alpha_max {self.alpha_max:g}; allowed is 0 to alpha_max")
         return self
 
+    @property
+    def substitutes(self) -> bool:
+        """Whether experts that score low may be replaced by others."""
+        return self.policy in ("importance", "joint")
+
+    @property
+    def follows_orders(self) -> bool:
+        """Whether experts pass through slots as they are ordered for steps to come, by groups of workers in turns."""
+        return self.policy in ("on_demand_shadow", "joint")
+
     def alpha_of(self, quality: Quality | None) -> float:
         """The alpha of one request; None is the configured one. Raises ValueError naming the allowed values.
 
-        Every policy but importance is exact, so there a quality costs and changes nothing.
+        Policies that never substitute are exact, so there a quality costs and changes nothing.
         """
         named = {"exact": 0.0, "balanced": min(DEFAULT_ALPHA, self.alpha_max), "fast": self.alpha_max}
         if quality is None:
@@ -216,7 +230,7 @@ class SchedulingConfig(StrictModel):
                 f'quality is {quality!r}; allowed are "exact", "balanced", "fast", or an alpha from 0 to '
                 f"{self.alpha_max:g} (scheduling.alpha_max)"
             )
-        return alpha if self.policy == "importance" else 0.0
+        return alpha if self.substitutes else 0.0
 
     def changed(self, changes: dict[str, Any]) -> "SchedulingConfig":
         """This with some fields changed. Raises ConfigError for unknown, fixed or wrong ones."""
@@ -260,7 +274,7 @@ PredictorKind = Literal["shadow", "gate", "resident", "history"]
 
 
 class PredictorConfig(StrictModel):
-    """What tells policy on_demand_shadow the routing ahead."""
+    """What tells policies on_demand_shadow and joint the routing ahead."""
 
     kind: PredictorKind = Field(
         "shadow",
@@ -304,13 +318,26 @@ class ClusterConfig(StrictModel):
     )
     scheduling: SchedulingConfig = Field(default_factory=SchedulingConfig)
     predictor: PredictorConfig | None = Field(
-        None, description="Of policy on_demand_shadow; omitted: experts are loaded when the router has named them."
+        None,
+        description="Of policies on_demand_shadow and joint; omitted: experts are loaded when the router has named "
+        "them.",
     )
     serving: ServingConfig = Field(default_factory=ServingConfig)
     bind: str | None = Field(
         None,
         description="Address the data plane binds; omitted: loopback, or the node's address in a real cluster.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_predictor_is_for_the_joint_policy(cls, data: Any) -> Any:
+        """With a predictor and no policy, the policy is joint."""
+        if not isinstance(data, dict) or data.get("predictor") is None:
+            return data
+        scheduling = data.get("scheduling", {})
+        if isinstance(scheduling, dict) and "policy" not in scheduling:
+            return {**data, "scheduling": {**scheduling, "policy": "joint"}}
+        return data
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "ClusterConfig":
@@ -340,16 +367,16 @@ class ClusterConfig(StrictModel):
 
     @model_validator(mode="after")
     def _predictor_is_used(self) -> "ClusterConfig":
-        if self.predictor is not None and self.scheduling.policy != "on_demand_shadow":
+        if self.predictor is not None and not self.scheduling.follows_orders:
             raise ValueError(
-                f'"predictor" is of policy "on_demand_shadow", but scheduling.policy is "{self.scheduling.policy}": '
-                "change the policy, or remove the predictor"
+                f'"predictor" is of policies "on_demand_shadow" and "joint", but scheduling.policy is '
+                f'"{self.scheduling.policy}": change the policy, or remove the predictor'
             )
         return self
 
     @property
     def predictor_kind(self) -> PredictorKind | None:
-        """What foretells routing under policy on_demand_shadow; None where nothing does."""
+        """What foretells routing; None where nothing does."""
         return None if self.predictor is None else self.predictor.kind
 
     def rescheduled(self, scheduling: SchedulingConfig) -> "ClusterConfig":

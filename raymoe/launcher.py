@@ -28,8 +28,9 @@ class Moe:
 
         ``options``: max_tokens (128), temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, ignore_eos,
         repetition_penalty, presence_penalty, frequency_penalty, logprobs, and quality ("exact", "balanced", "fast", or
-        an alpha from 0 to scheduling.alpha_max: how freely experts may be substituted under policy importance). Raises
-        RequestError for bad ones. ``result.routing`` tells what the expert calls cost, and how much was substituted.
+        an alpha from 0 to scheduling.alpha_max: how freely experts may be substituted under policies importance and
+        joint). Raises RequestError for bad ones. ``result.routing`` tells what the expert calls cost, and how much was
+        substituted.
         """
         return self._session.service.generate(prompt, **options)
 

@@ -14,6 +14,7 @@ from raymoe.errors import ConfigError
 from raymoe.observe import terminal
 
 if TYPE_CHECKING:
+    from raymoe.config import SchedulingConfig
     from raymoe.engine.tune import Tuned
 
 MeasuredText = Annotated[
@@ -72,8 +73,8 @@ def tune(
 ) -> None:
     """Measure time and quality against alpha on a cluster, and name the smallest alpha within a time budget.
 
-    CONFIG needs policy importance. Use text that the model was not trained on. The exit code is 1 where no alpha up
-    to alpha_max meets the budget.
+    CONFIG needs policy importance or joint. Use text that the model was not trained on. The exit code is 1 where no
+    alpha up to alpha_max meets the budget.
     """
     if not tpot_ms > 0:
         raise ConfigError(f"--tpot-ms is {tpot_ms:g}; it must be more than 0")
@@ -117,12 +118,12 @@ def tune(
     if json_file is not None:
         facts = {"model": cluster.model.served_name, "tokens": decoded, **asdict(tuned)}
         json_file.write_text(json.dumps(facts, indent=2) + "\n")
-    typer.echo(conclusion(tuned, cluster.scheduling.alpha_max))
+    typer.echo(conclusion(tuned, cluster.scheduling))
     if tuned.alpha is None:
         raise typer.Exit(1)
 
 
-def conclusion(tuned: "Tuned", alpha_max: float) -> str:
+def conclusion(tuned: "Tuned", scheduling: "SchedulingConfig") -> str:
     """What follows from the measurements, in words and in YAML to paste."""
     lines = []
     budget = f"{tuned.budget_s * 1e3:g} ms per token"
@@ -133,7 +134,8 @@ def conclusion(tuned: "Tuned", alpha_max: float) -> str:
     if tuned.alpha is None:
         fastest = tuned.fastest
         lines.append(
-            f"No alpha up to {alpha_max:g} meets {budget}. The fastest measured is alpha {fastest.alpha:g}: "
+            f"No alpha up to {scheduling.alpha_max:g} meets {budget}. The fastest measured is "
+            f"alpha {fastest.alpha:g}: "
             f"{fastest.tpot_s * 1e3:.2f} ms, perplexity {fastest.perplexity_ratio - 1:+.2%}. "
             "More slot_memory, a larger alpha_max or a larger budget would help."
         )
@@ -141,6 +143,6 @@ def conclusion(tuned: "Tuned", alpha_max: float) -> str:
         lines.append(
             f"The smallest alpha within {budget} is {tuned.alpha:g} (predicted: "
             f"{tuned.fit.at(tuned.alpha) * 1e3:.2f} ms). In the configuration:\n\n"
-            f"scheduling:\n  policy: importance\n  alpha: {tuned.alpha:g}"
+            f"scheduling:\n  policy: {scheduling.policy}\n  alpha: {tuned.alpha:g}"
         )
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from predictor.forecast import LayerForecast
-from raymoe.actors.placement import cluster_fleet, hand_out
+from raymoe.actors.placement import bounded_devices, cluster_fleet, hand_out
 from raymoe.actors.session import message_limits
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig
@@ -37,8 +37,9 @@ def service_with_shadow(
     predictor: dict[str, Any] | None = None,
     lie: Lie | None = None,
     link: dict[str, Any] | None = None,
+    scheduling: dict[str, Any] | None = None,
 ) -> Iterator[tuple[ModelService, list[ExpertWorker], ShadowHost | None]]:
-    """A float32 model without a cache. ``predictor`` None: nothing foretells routing."""
+    """A float32 model without a cache, unless ``scheduling`` says otherwise. ``predictor`` None: nothing foretells."""
     checkpoint = open_checkpoint(path, "float32")
     sizes = checkpoint.sizes()
     largest = max(size.expert_bytes for size in sizes)
@@ -47,7 +48,7 @@ def service_with_shadow(
         {
             "model": {"path": str(path), "dtype": "float32"},
             "devices": [{"name": f"d{i}", "slot_memory": slot_memory, "link": link} for i in range(devices)],
-            "scheduling": {"policy": "on_demand_shadow", "group_size": group_size},
+            "scheduling": {"policy": "on_demand_shadow", "group_size": group_size, **(scheduling or {})},
             "predictor": predictor,
         }
     )
@@ -72,7 +73,8 @@ def service_with_shadow(
             stack.callback(shadow_server.close)
             shadow_server.clients.keys.add(engine_keys.public)
             model = build_shadow_model(config.model, config.predictor)
-            host = ShadowHost(model, alignment_of(config.predictor), shadow_server)
+            decides = config.scheduling.policy != "joint"
+            host = ShadowHost(model, alignment_of(config.predictor), shadow_server, decides=decides)
             if lie is not None:
                 tell, liar = host.shadow.on_forecast, lie
                 host.shadow.on_forecast = lambda forecast: tell(liar(forecast))
@@ -86,7 +88,16 @@ def service_with_shadow(
         client = WorkerClient(endpoints, engine_keys, limits)
         stack.callback(client.close)
         owners = primary_owners(sizes, ownership, [1] * len(sizes))
-        dispatcher = Dispatcher(sizes, owners, local={}, remote=client, timeout_s=60.0, fleet=fleet, devices=names)
+        dispatcher = Dispatcher(
+            sizes,
+            owners,
+            local={},
+            remote=client,
+            timeout_s=60.0,
+            bounded=bounded_devices(config),
+            fleet=fleet,
+            devices=names,
+        )
         service = ModelService(checkpoint, config, dispatcher, link=shadow_link)
         stack.callback(service.close)
         yield service, workers, host

@@ -20,7 +20,7 @@ import torch
 
 from predictor.forecast import LayerForecast
 from predictor.shadow import Alignment, ShadowCounts
-from raymoe.actors.placement import cluster_fleet, hand_out
+from raymoe.actors.placement import bounded_devices, cluster_fleet, hand_out
 from raymoe.actors.session import message_limits
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig
@@ -53,13 +53,18 @@ ANSWER_TIMEOUT_S = 60
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is measured: a checkpoint in float32, ``workers`` in groups of ``group_size``, and a shadow of ``bits``."""
+    """What is measured: a checkpoint in float32, ``workers`` in groups of ``group_size``, and a shadow of ``bits``.
+
+    ``spare`` is how many slots each worker has beyond those that experts pass through.
+    """
 
     model: Path
     workers: int
     group_size: int
     top_k: int
     bits: int
+    policy: str = "on_demand_shadow"
+    spare: int = 0
 
     @property
     def loads(self) -> int:
@@ -68,8 +73,8 @@ class Setup:
 
     @property
     def slots(self) -> int:
-        """Of each worker: those, and one to load into meanwhile."""
-        return self.loads + 1
+        """Of each worker: those, one to load into meanwhile, and what is to spare."""
+        return self.loads + 1 + self.spare
 
     def hidden_load_s(self, main_s: float, worker_s: float) -> float:
         """The longest time of one load that costs nothing."""
@@ -202,7 +207,8 @@ def run_shadow(pipe: Connection, config: ClusterConfig, engine_key: bytes, keys:
     model = build_shadow_model(config.model, config.predictor)
     server = ShadowServer("127.0.0.1", limits)
     server.clients.keys.add(engine_key)
-    host = ShadowHost(model, alignment_of(config.predictor), server)
+    decides = config.scheduling.policy != "joint"
+    host = ShadowHost(model, alignment_of(config.predictor), server, decides=decides)
     honest = host.shadow.on_forecast
     pipe.send((server.endpoint, model.nbytes))
     endpoints = pipe.recv()
@@ -293,12 +299,13 @@ class Cluster:
 
     def _config(self, predictor: dict[str, Any] | None) -> ClusterConfig:
         setup = self.setup
+        policy = setup.policy if predictor is not None else "on_demand_shadow"
         device = {"slot_memory": self.expert_bytes * setup.slots, "link": {"bytes_per_s": "1GB"}}
         return ClusterConfig.parse(
             {
                 "model": {"path": str(setup.model), "dtype": "float32"},
                 "devices": [{"name": f"w{index}", **device} for index in range(setup.workers)],
-                "scheduling": {"policy": "on_demand_shadow", "group_size": setup.group_size},
+                "scheduling": {"policy": policy, "group_size": setup.group_size},
                 "predictor": predictor,
                 "trunk": {"threads": 1},
             }
@@ -310,7 +317,14 @@ class Cluster:
         stack.callback(client.close)
         owners = primary_owners(self.sizes, self._ownership, [1] * len(self.sizes))
         dispatcher = Dispatcher(
-            self.sizes, owners, local={}, remote=client, timeout_s=120.0, fleet=self._fleet, devices=self._names
+            self.sizes,
+            owners,
+            local={},
+            remote=client,
+            timeout_s=120.0,
+            bounded=bounded_devices(config),
+            fleet=self._fleet,
+            devices=self._names,
         )
         own = dispatcher.compute
 

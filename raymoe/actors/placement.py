@@ -397,7 +397,7 @@ def hand_out(
     current: Ownership | None = None,
 ) -> Ownership:
     """Who owns what, by policy: without a cache any worker of a group must be able to load its layers' experts."""
-    if config.scheduling.policy == "on_demand_shadow":
+    if config.scheduling.follows_orders:
         return grouped_ownership(sizes, capacities, group_size(config, sizes), current)
     return assign(sizes, capacities, replication, spreads(config, sizes), current)
 

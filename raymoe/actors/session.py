@@ -146,7 +146,7 @@ class Session:
         return dispatcher
 
     def _fleet(self, ownership: Ownership) -> Fleet | None:
-        if self.config.scheduling.policy != "on_demand_shadow":
+        if not self.config.scheduling.follows_orders:
             return None
         return cluster_fleet(self.config, self.checkpoint.sizes(), ownership)
 

@@ -54,15 +54,20 @@ class ShadowReport:
 
 
 class ShadowShell:
-    """One application's shadow. Raises CheckpointError where the checkpoint can't be opened on this node."""
+    """One application's shadow. Raises CheckpointError where the checkpoint can't be opened on this node.
 
-    def __init__(self, model: dict[str, Any], predictor: dict[str, Any], limits: Limits) -> None:
+    Args:
+        decides: whether it tells workers what to load, or leaves that to the engine.
+    """
+
+    def __init__(self, model: dict[str, Any], predictor: dict[str, Any], limits: Limits, decides: bool = True) -> None:
         # here and not above: the placement actor needs only the class
         from raymoe.engine.shadow_host import build_shadow_model
 
         os.nice(SHADOW_NICENESS)
         self._config = PredictorConfig.model_validate(predictor)
         self._limits = limits
+        self._decides = decides
         self._keys = KeyPair.create()
         self._model = build_shadow_model(ModelConfig.model_validate(model), self._config)
         self._server: ShadowServer | None = None
@@ -87,7 +92,8 @@ class ShadowShell:
 
         if self._server is None:
             self._server = ShadowServer(address, self._limits)
-            self._host = ShadowHost(self._model, alignment_of(self._config), self._server)
+            alignment = alignment_of(self._config)
+            self._host = ShadowHost(self._model, alignment, self._server, decides=self._decides)
             threading.Thread(target=self._host.run, name="shadow", daemon=True).start()
         self._server.clients.keys.update(clients)
         return self._server.endpoint

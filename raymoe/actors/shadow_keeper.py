@@ -45,6 +45,7 @@ class ShadowKeeper:
         self._config = config.predictor
         self._devices = tuple(DeviceName(device.name) for device in config.devices)
         self._limits = limits
+        self._decides = config.scheduling.policy != "joint"  # there the engine does
         self._handle: ActorHandle | None = None
         self._info: ShadowInfo | None = None
         self._report: ShadowReport | None = None
@@ -57,7 +58,9 @@ class ShadowKeeper:
         options = on_device(self._name, config.device, config.resources, config.node_labels)
         remote_class: Any = ray.remote(ShadowShell)
         predictor = config.model_dump(mode="json")
-        self._handle = remote_class.options(**options, get_if_exists=True).remote(self._model, predictor, self._limits)
+        self._handle = remote_class.options(**options, get_if_exists=True).remote(
+            self._model, predictor, self._limits, self._decides
+        )
 
     def find(self, wait_s: float) -> "ShadowInfo | None":
         """Wait for it to be ready; None where it is not in time."""

@@ -10,7 +10,7 @@ T tokens, K experts per token, E experts, H hidden.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from raymoe.engine.prefill import PrefillPlanner
 from raymoe.experts.call import ExpertAnswer, LoadOrder
 from raymoe.model.router import Router
 from raymoe.model.runner import SequenceState
+from raymoe.transport.shadow import Plan
 from raymoe.types import DeviceName, Routing, SamplingRecipe, StepId
 
 log = logging.getLogger(__name__)
@@ -99,9 +100,18 @@ class CachelessScheduler:
         if self._forecast is not None and foresight.step is not None and not foresight.in_prompt:
             forecast, step = self._forecast, foresight.step
             meanwhile = lambda: self._foretell(forecast, step, layer, k)  # noqa: E731 - a closure over this step
-        return self.dispatcher.compute(
-            layer, hidden_TH, experts_TK, meanwhile=meanwhile, step=foresight.step, plan=plan
-        )
+        return self._ask(layer, hidden_TH, experts_TK, meanwhile, plan)
+
+    def _ask(
+        self,
+        layer: int,
+        hidden_TH: torch.Tensor,
+        experts_TK: torch.Tensor,
+        meanwhile: Callable[[], None],
+        plan: Plan | None,
+    ) -> torch.Tensor:
+        step = self.foresight.step
+        return self.dispatcher.compute(layer, hidden_TH, experts_TK, meanwhile=meanwhile, step=step, plan=plan)
 
     def _compute_prompt(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
         """All workers help, in mini-batches; their loads are ordered at the beginning."""

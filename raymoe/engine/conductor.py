@@ -12,7 +12,7 @@ import numpy as np
 
 from predictor.forecast import LayerForecast
 from raymoe.experts.call import LoadOrder
-from raymoe.placement.assignment import Fleet, assign
+from raymoe.placement.assignment import Fleet, assign, in_order_of_need
 from raymoe.transport.shadow import Plan
 from raymoe.types import DeviceName
 
@@ -34,16 +34,9 @@ class Conductor:
 
     def conduct(self, forecast: LayerForecast) -> Plan:
         """Order what a forecast names; returns who was told what."""
-        experts_N = in_order_of_need(forecast.experts_TK)
-        workers_N = assign(experts_N, forecast.layer, self._fleet)
+        experts_N, workers_N = self._hand_out(forecast)
         for worker in np.unique(workers_N).tolist():
-            order = LoadOrder(
-                step=forecast.step,
-                epoch=forecast.epoch,
-                layer=forecast.layer,
-                experts=experts_N[workers_N == worker],
-            )
-            self._send(self._devices[worker], order)
+            self._order(worker, forecast, experts_N[workers_N == worker])
         return Plan(
             step=forecast.step,
             epoch=forecast.epoch,
@@ -52,9 +45,11 @@ class Conductor:
             workers_N=workers_N.astype(np.int32),
         )
 
+    def _hand_out(self, forecast: LayerForecast) -> tuple[np.ndarray, np.ndarray]:
+        """The experts to have in slots, int32 [N], those needed most first, and the worker of each."""
+        experts_N = in_order_of_need(forecast.experts_TK)
+        return experts_N, assign(experts_N, forecast.layer, self._fleet)
 
-def in_order_of_need(experts_TK: np.ndarray) -> np.ndarray:
-    """Each expert once, int32: first those that tokens rank first."""
-    column_first = experts_TK.T.reshape(-1)
-    _, first = np.unique(column_first, return_index=True)
-    return column_first[np.sort(first)].astype(np.int32)
+    def _order(self, worker: int, forecast: LayerForecast, experts_N: np.ndarray) -> None:
+        order = LoadOrder(step=forecast.step, epoch=forecast.epoch, layer=forecast.layer, experts=experts_N)
+        self._send(self._devices[worker], order)

@@ -60,7 +60,13 @@ class LocalWorker(Protocol):
 
 
 class RemoteWorkers(Protocol):
-    """Workers in other processes."""
+    """Workers in other processes.
+
+    Attributes:
+        while_waiting: done again and again while answers are waited for; None is nothing.
+    """
+
+    while_waiting: Callable[[], None] | None
 
     def send(self, device: DeviceName, call: ExpertCall) -> int:
         """Send a call; returns its request number."""
@@ -142,6 +148,7 @@ class Dispatcher:
         self.set_owners(sizes, owners)
         if fleet is not None:
             self._names = list(devices)
+            self._resident = self._residency_of_fleet(fleet)
 
     @property
     def max_rows(self) -> int:
@@ -172,6 +179,17 @@ class Dispatcher:
             if name not in self._local
         }
 
+    def _residency_of_fleet(self, fleet: Fleet) -> dict[DeviceName, list[np.ndarray]]:
+        """What remote devices hold at the beginning: all that they own where they have no slots, else nothing."""
+        return {
+            name: [
+                owners_WE[worker].copy() if name not in self._bounded else np.zeros(owners_WE.shape[1], dtype=bool)
+                for owners_WE in fleet.owners_LWE
+            ]
+            for worker, name in enumerate(self._names)
+            if name not in self._local
+        }
+
     def assume_resident(self, name: DeviceName, identifiers: Collection[int]) -> None:
         """Experts that a bounded device had in its slots before this engine asked it for anything."""
         for identifier in identifiers if name in self._bounded and name in self._resident else ():
@@ -188,6 +206,26 @@ class Dispatcher:
             ready_E = worker.ready(layer) if worker is not None else self._resident[name][layer]
             available_E |= ready_E & (self._owner[layer] == index)
         return available_E
+
+    def holding(self, layer: int) -> np.ndarray:
+        """Bool [W, E] of a fleet: what each worker has in its slots, as far as is known here."""
+        return np.stack(
+            [
+                self._local[name].ready(layer) if name in self._local else self._resident[name][layer]
+                for name in self._names
+            ]
+        )
+
+    def loads_s(self) -> list[float | None]:
+        """Seconds to load one expert on each device, as measured lately; None where that is not known."""
+        return [
+            self._local[name].load_s if name in self._local else self._remote_load_s.get(name) for name in self._names
+        ]
+
+    def listen(self, action: Callable[[], None]) -> None:
+        """Do something again and again while remote workers are waited for. It must not ask for experts itself."""
+        if self._remote is not None:
+            self._remote.while_waiting = action
 
     def load_s(self) -> float | None:
         """Seconds to load one expert on the slowest device, as measured lately; None where none is known."""

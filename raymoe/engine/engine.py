@@ -163,7 +163,7 @@ class Engine:
 
     def reconfigure(self, scheduling: SchedulingConfig) -> None:
         """Schedule by other settings from the next step on; requests keep the alpha that they asked for."""
-        budget_s = scheduling.tpot_budget_s if scheduling.policy == "importance" else None
+        budget_s = scheduling.tpot_budget_s if scheduling.substitutes else None
         with self._wake:
             self._scheduling = scheduling
             self._alpha = scheduling.alpha_of(None)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from predictor.forecast import LayerForecast
 from predictor.shadow import is_due
 from raymoe.config import PredictorConfig
 from raymoe.model.kv import abilities, entries, pack
@@ -34,8 +35,8 @@ class ShadowLink(Protocol):
         """Send; never waits."""
         ...
 
-    def receive(self, on_plan: Any) -> None:
-        """Hand on every plan that has come; never waits."""
+    def receive(self, on_told: Any) -> None:
+        """Hand on every plan or forecast that has come; never waits."""
         ...
 
 
@@ -119,6 +120,7 @@ class Foresight:
         step: the forward under way; None where nothing is foretold or ordered.
         in_prompt: whether that reads a prompt, of which nothing is foretold.
         on_plan: told of each plan that comes from the shadow.
+        on_forecast: told of each forecast that comes from a shadow which leaves plans to the engine.
         on_anew: told of a sequence that another shadow takes up, which makes all orders for it so far void.
     """
 
@@ -128,6 +130,7 @@ class Foresight:
     step: StepId | None = None
     in_prompt: bool = False
     on_plan: Callable[[Plan], None] = lambda plan: None
+    on_forecast: Callable[[LayerForecast], None] = lambda forecast: None
     on_anew: Callable[[int], None] = lambda sequence: None
     _followed: dict[int, _Followed] = field(default_factory=dict)
 
@@ -171,19 +174,27 @@ class Foresight:
         """Who was told to load what for a layer of the step under way, as far as is known now."""
         if self.step is None or self.in_prompt:
             return None
+        self.listen()
+        return self.book.plan(self.step, layer)
+
+    def listen(self) -> None:
+        """Take in what the shadow has told. Never waits."""
         if self.link is not None:
             self.link.receive(self._put)
-        return self.book.plan(self.step, layer)
 
     def routed(self, layer: int, experts_TK: np.ndarray) -> None:
         """The router has chosen these experts."""
         if self.step is not None and not self.in_prompt:
             self.book.needed(self.step, layer, experts_TK)
 
-    def _put(self, plan: Plan) -> None:
-        if plan.step.sequence in self._followed:  # else it comes too late for a sequence that has ended
-            self.book.put(plan)
-            self.on_plan(plan)
+    def _put(self, told: Plan | LayerForecast) -> None:
+        if told.step.sequence not in self._followed:
+            return  # it comes too late for a sequence that has ended
+        if isinstance(told, Plan):
+            self.book.put(told)
+            self.on_plan(told)
+        else:
+            self.on_forecast(told)
 
     def _news(self, step: StepId, token: int, followed: _Followed, state: SequenceState) -> Token:
         """The token, and where they are due the keys and values since they were last sent."""

@@ -16,8 +16,8 @@ class SamplingParams:
         stop: strings that end the answer; they are not part of it.
         stop_token_ids: token ids that end the answer, beside the model's own end of sequence.
         logprobs: how many alternatives to report per token; None reports nothing, 0 the chosen token only.
-        quality: "exact", "balanced", "fast", or an alpha: how freely experts may be substituted under policy
-            importance; None as the server is configured.
+        quality: "exact", "balanced", "fast", or an alpha: how freely experts may be substituted under policies
+            importance and joint; None as the server is configured.
     """
 
     max_tokens: int | None = None

@@ -18,8 +18,8 @@ from predictor.forecast import Forecast
 from predictor.resident import ResidentOutput
 from raymoe.config import SchedulingConfig
 from raymoe.engine.dispatch import Dispatcher, nothing
+from raymoe.engine.substitution import Decide, Decided, per_row, substitute
 from raymoe.model.router import Router
-from raymoe.model.router_rule import RouterRule
 from raymoe.model.runner import SequenceState
 from raymoe.placement.prefetch import lookahead, wanted
 from raymoe.placement.routing import route
@@ -33,15 +33,6 @@ LAYER_SMOOTHING = 0.02  # weight of one layer's time in the running mean: about 
 
 OnForecast = Callable[[int, np.ndarray, np.ndarray], None]
 """Told of each forecast: layer, experts best first, and what each is worth."""
-
-
-@dataclass(slots=True)
-class Decided:
-    """Totals since the last ``take_cost``."""
-
-    decisions: int = 0
-    substituted: int = 0
-    replaced_mass: float = 0.0
 
 
 @dataclass(slots=True)
@@ -82,7 +73,7 @@ class ExpertScheduler:
     ) -> None:
         self.dispatcher = dispatcher
         self.alpha: float | np.ndarray = 0.0
-        self.decide = route
+        self.decide: Decide = route
         self.similarity = similarity
         self._on_forecast = on_forecast
         self._routers: Sequence[Router] = ()
@@ -126,32 +117,25 @@ class ExpertScheduler:
         tokens, self._top_k = experts_TK.shape
         self._decided.decisions += tokens
         router = self._routers[layer]
-        chosen_TK = experts_TK.cpu().numpy()
-        scores_TE = self._scores_TE = router.scores_or_weights(chosen_TK, weights_TK)
+        scores_TE = self._scores_TE = router.scores_or_weights(experts_TK.cpu().numpy(), weights_TK)
         if router.rule is None:
             return experts_TK, weights_TK
         alpha_T = per_row(self.alpha, tokens)
         if not (alpha_T if isinstance(alpha_T, float) else alpha_T.any()):
             return experts_TK, weights_TK
-        available_E = self.dispatcher.available(layer)
-        routed = self.decide(
+        done = substitute(
+            router.rule,
+            layer,
+            experts_TK,
+            weights_TK,
             scores_TE,
-            chosen_TK,
-            available_E,
+            self.dispatcher.available(layer),
             alpha_T,
-            permitted_TE=router.rule.permitted(scores_TE),
             similarity=self.similarity,
-            layer=layer,
+            decide=self.decide,
         )
-        replaced = int(np.count_nonzero(routed.replaced_TK))
-        if not replaced:
-            return experts_TK, weights_TK
-        self._decided.substituted += replaced
-        self._decided.replaced_mass += float(routed.replaced_mass_T.sum())
-        weights = reweighted(
-            router.rule, scores_TE, routed.experts_TK, np.flatnonzero(routed.replaced_TK.any(axis=1)), weights_TK
-        )
-        return torch.from_numpy(routed.experts_TK).to(experts_TK.device), weights
+        self._decided.add(done)
+        return done.experts_TK, done.weights_TK
 
     def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
         """Unweighted output of every expert, [T, K, H]; forecasts go out while workers load."""
@@ -223,24 +207,3 @@ class ExpertScheduler:
         return self.dispatcher.take_cost() + Routing(
             decisions=decided.decisions, substituted=decided.substituted, replaced_mass=decided.replaced_mass
         )
-
-
-def per_row(alpha: float | np.ndarray, tokens: int) -> np.ndarray | float:
-    """One alpha per row: sequences' rows lie together, as many for each."""
-    if isinstance(alpha, float) or len(alpha) == tokens:
-        return alpha
-    return np.repeat(alpha, tokens // len(alpha))
-
-
-def reweighted(
-    rule: RouterRule, scores_TE: np.ndarray, experts_TK: np.ndarray, rows: np.ndarray, weights_TK: torch.Tensor
-) -> torch.Tensor:
-    """Weights of the tokens in ``rows`` from their final experts' own scores; the others keep the router's bits."""
-    if len(scores_TE) == 1:
-        fresh_TK = rule.weights(scores_TE[:, experts_TK[0]], experts_TK)
-        return torch.from_numpy(fresh_TK).to(weights_TK)
-    experts_RK = experts_TK[rows]
-    fresh_RK = rule.weights(np.take_along_axis(scores_TE[rows], experts_RK, axis=1), experts_RK)
-    weights = weights_TK.clone()
-    weights[torch.from_numpy(rows).to(weights.device)] = torch.from_numpy(fresh_RK).to(weights)
-    return weights

@@ -26,6 +26,7 @@ from raymoe.engine.conductor import Conductor
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
 from raymoe.engine.foresight import Foresight, ShadowLink
+from raymoe.engine.joint import JointScheduler
 from raymoe.engine.profile import load_similarity
 from raymoe.engine.record import RecordingScheduler, recording
 from raymoe.engine.request import Chunk, Result, SamplingParams, collect
@@ -73,7 +74,7 @@ class ModelService:
     Args:
         dispatcher: where routed experts are computed.
         on_forecast: told of each forecast of routing.
-        link: to the shadow of policy on_demand_shadow, where it has one.
+        link: to the shadow, where the policy has one.
 
     Attributes:
         runner, experts: the trunk, and the say on its routing. They belong to the engine's thread; measurements may
@@ -132,13 +133,15 @@ class ModelService:
             conductor = Conductor(dispatcher.fleet, dispatcher.devices, dispatcher.order)
             return CachelessScheduler(dispatcher, Foresight(config.predictor, link), conductor)
         similarity = load_similarity(config.scheduling, self.checkpoint)
+        if config.scheduling.policy == "joint":
+            return JointScheduler(dispatcher, Foresight(config.predictor, link), similarity)
         return ExpertScheduler(dispatcher, config.scheduling, similarity=similarity, on_forecast=on_forecast)
 
     def _attach_forecasts(self, model: PreTrainedModel) -> None:
         """Give the scheduler the forecasts that this process makes, where it has a use for them."""
         config, experts = self.config, self.experts
         kind = config.predictor_kind
-        if config.scheduling.policy != "importance" and kind in (None, "shadow"):
+        if not config.scheduling.substitutes and kind in (None, "shadow"):
             return
         sites = attach_sites(model)
         routers = [site.router for site in sites]
@@ -151,8 +154,8 @@ class ModelService:
             experts.attach(routers, known)
         elif kind == "history":
             experts.attach(routers, history=HistoryForecast(len(routers), max(router.experts for router in routers)))
-        elif kind is not None:
-            experts.attach(routers, known[kind])
+        else:
+            experts.attach(routers, known.get(kind or ""))
 
     # --- asking -----------------------------------------------------------------------------------------
 
@@ -278,7 +281,9 @@ class ModelService:
         Raises ConfigError where the profile can't be used, or the devices can't do it.
         """
         config = self.config.rescheduled(scheduling)
-        if scheduling.similarity != self._scheduling.similarity and isinstance(self.experts, ExpertScheduler):
+        if scheduling.similarity != self._scheduling.similarity and isinstance(
+            self.experts, ExpertScheduler | JointScheduler
+        ):
             self.experts.similarity = load_similarity(scheduling, self.checkpoint)
         self.config = config
         self._scheduling = scheduling

@@ -36,15 +36,19 @@ IDLE_WAIT_S = 0.1  # how often an idle shadow looks whether it should stop
 class ShadowHost:
     """Feeds a shadow with the engine's news and hands its forecasts on, until stopped.
 
+    Args:
+        decides: whether it tells workers what to load; else the engine does, to which forecasts go with all scores.
+
     Attributes:
         failure: why it stopped, or None while it is well.
     """
 
-    def __init__(self, model: ShadowModel, alignment: Alignment, server: ShadowServer) -> None:
+    def __init__(self, model: ShadowModel, alignment: Alignment, server: ShadowServer, *, decides: bool = True) -> None:
         self.failure: BaseException | None = None
         self.shadow = Shadow(model, alignment, self._on_forecast)
         self._model = model
         self._server = server
+        self._decides = decides
         self._client: WorkerClient | None = None
         self._conductor: Conductor | None = None
         self._devices: tuple[DeviceName, ...] = ()
@@ -161,7 +165,9 @@ class ShadowHost:
         watch = self._watch
         if watch is not None:
             watch.foretold(forecast)
-        if self._conductor is not None:
+        if not self._decides:
+            self._server.send(forecast)
+        elif self._conductor is not None:
             self._server.send(self._conductor.conduct(forecast))
         self._listen(0.0)  # so that a step which reads a wrong token is left at once
         if watch is not None:

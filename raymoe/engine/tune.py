@@ -68,10 +68,10 @@ class Tuned:
 
 def alphas_to_measure(scheduling: SchedulingConfig) -> list[float]:
     """0, 0.1, … and alpha_max itself. Raises ConfigError where alpha decides nothing."""
-    if scheduling.policy != "importance":
+    if not scheduling.substitutes:
         raise ConfigError(
             f'scheduling.policy is "{scheduling.policy}", which never substitutes an expert; alpha is tuned for '
-            '"importance"'
+            '"importance" and "joint"'
         )
     if scheduling.alpha_max == 0:
         raise ConfigError("scheduling.alpha_max is 0, so that alpha has no room; allowed is up to 1")

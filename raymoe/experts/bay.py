@@ -19,6 +19,7 @@ from raymoe.experts.host_store import HostStore
 from raymoe.experts.loader import ON_DEMAND, Loader, Ticket
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.observe.trace import Span, Tracer
+from raymoe.placement.keeping import Keeper
 from raymoe.types import StepId
 
 LOAD_TIMEOUT_S = 600.0  # a guard against a dead loader; deadlines of calls are the client's
@@ -128,6 +129,10 @@ class Bay(ABC):
     @abstractmethod
     def load(self, identifier: int) -> None:
         """Load an expert now, outside of any call, and wait for it."""
+
+    @abstractmethod
+    def replace_keeper(self, keeper: Keeper) -> None:
+        """Judge what slots keep by other values from now on; nothing where they keep nothing."""
 
     @abstractmethod
     def on_idle(self) -> None:

@@ -29,12 +29,14 @@ def make_bays(
     loader: Loader,
     store: HostStore,
     new_keeper: Callable[[], Keeper] | None,
+    on_orders: bool = False,
 ) -> tuple[list[Bay], list[int]]:
     """All bays, and which of them serves each layer.
 
     Args:
         keys: the experts that the worker owns.
         new_keeper: judges what slots keep; None keeps nothing.
+        on_orders: whether slots are given to orders for steps to come, and kept only while nobody ordered needs them.
 
     Raises CapacityError where the budget does not hold one expert of each shape.
     """
@@ -50,10 +52,11 @@ def make_bays(
         pool = SlotPool(dict(shape), count, dtype, device)
         sharing = len({key.layer for key in keys if kind_of_layer[key.layer] == kind})
         residency = Residency(count, len(layers), experts, max(1, sharing))
-        if new_keeper is None:
-            bays.append(Conveyor(pool, residency, loader, store, size))
+        keeper = new_keeper() if new_keeper is not None else None
+        if on_orders or keeper is None:
+            bays.append(Conveyor(pool, residency, loader, store, size, keeper))
         else:
-            bays.append(Shelf(pool, residency, loader, store, size, new_keeper()))
+            bays.append(Shelf(pool, residency, loader, store, size, keeper))
     return bays, kind_of_layer
 
 

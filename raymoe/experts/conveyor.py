@@ -1,9 +1,14 @@
-"""Slots that experts only pass through: loaded as they were ordered, gone as soon as they were used ([O] OD-MoE).
+"""Slots that experts pass through: loaded as they were ordered ([O] OD-MoE), gone when used or no longer worth a slot.
 
 Orders come ahead of their calls, and in the order of use; so each load begins as soon as a slot is free, in turn, and
 several may be under way at once. What nobody ordered is loaded when a call asks for it, before all that was ordered.
 The ``Timetable`` knows which order holds which expert; an expert in a slot that neither the call in hand nor an order
 claims leaves at once. So no decision is needed of whom to evict, but when a call finds no slot free (``_make_room``).
+
+With a keeper nobody leaves before the slot is needed. Orders say when experts will be used next, and slots are given as
+by "aggressive" integrated prefetching and caching (Cao, Felten, Karlin and Li, SIGMETRICS 1995): when the link is free,
+load the first ordered expert that is missing, in place of the one used last of all; but never in place of one that is
+used before. What nobody ordered is used after everything that was, and what is worth least goes first.
 
 P pairs, E experts.
 """
@@ -19,20 +24,31 @@ from raymoe.experts.host_store import HostStore
 from raymoe.experts.loader import ON_DEMAND, PREFETCH, Loader, Ticket
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.experts.timetable import Timetable
+from raymoe.placement.keeping import Keeper
 from raymoe.types import StepId
 
 
 class Conveyor(Bay):
-    """Slots without a cache.
+    """Slots for orders.
 
     The call in hand claims its experts until each is computed (``_claimed``); a cancelled load keeps its slot until
     it has ended (``_cancelled``).
+
+    Args:
+        keeper: judges what stays in slots that are not needed; None: nothing stays.
     """
 
     def __init__(
-        self, pool: SlotPool, residency: Residency, loader: Loader, store: HostStore, expert_bytes: int
+        self,
+        pool: SlotPool,
+        residency: Residency,
+        loader: Loader,
+        store: HostStore,
+        expert_bytes: int,
+        keeper: Keeper | None = None,
     ) -> None:
         super().__init__(pool, residency, loader, store, expert_bytes)
+        self.keeper = keeper
         self._timetable = Timetable()
         self._claimed: set[int] = set()
         self._cancelled: set[int] = set()
@@ -79,6 +95,9 @@ class Conveyor(Bay):
             identifiers = [expert_id(layer, expert) for expert in sorted(set(experts_P.tolist()))]
             self._timetable.call(step, layer, identifiers)
             slots_P = self.residency.ready_slot_LE[layer][experts_P]
+            if self.keeper is not None:
+                self.keeper.step(layer, scores_E, experts_P, rows)
+                self.residency.use(slots_P[slots_P >= 0])
             self._count(len(experts_P), int(np.count_nonzero(slots_P >= 0)))
             return self._claim(step, layer, identifiers, slots_P)
 
@@ -103,13 +122,13 @@ class Conveyor(Bay):
         return identifier, slot
 
     def release(self, step: Step, slots: list[int]) -> None:
-        """The experts in ``slots`` are computed: they leave, unless they are ordered for another call."""
+        """The experts in ``slots`` are computed: nobody claims them but orders for other calls."""
         with self._lock:
             self._claimed -= {self.residency.expert_in[slot] for slot in slots}
             self._advance()
 
     def end_step(self) -> None:
-        """The call is over: all that it claimed leaves, unless it is ordered for another one."""
+        """The call is over: nobody claims what it did but orders for other ones."""
         with self._lock:
             self._claimed.clear()
             self._step = None
@@ -118,7 +137,7 @@ class Conveyor(Bay):
     # --- outside of calls -------------------------------------------------------------------------------
 
     def load(self, identifier: int) -> None:
-        """Bring an expert over the link, outside of any call, and let it go again: then it is known what that takes."""
+        """Bring an expert over the link outside of any call, and claim it no more: so it is known what that takes."""
         layer, expert = layer_and_expert(identifier)
         with self._lock:
             slots_P = self.residency.ready_slot_LE[layer][[expert]]
@@ -129,8 +148,14 @@ class Conveyor(Bay):
         finally:
             self.end_step()
 
+    def replace_keeper(self, keeper: Keeper) -> None:
+        """Judge by other values from now on, where anything is kept."""
+        with self._lock:
+            if self.keeper is not None:
+                self.keeper = keeper
+
     def on_idle(self) -> None:
-        """A slot may have become free: go on with what waits for one."""
+        """The link is free, or a slot has become so: go on with what waits for one."""
         with self._lock:
             self._advance()
 
@@ -152,7 +177,7 @@ class Conveyor(Bay):
         return self._step
 
     def _advance(self) -> None:
-        """Whatever can go on goes on: first the call in hand, then orders in turn; what nobody claims leaves."""
+        """Whatever can go on goes on: first the call in hand, then orders in turn; what nobody claims may leave."""
         self._settle()
         if self._step is not None and self._step.waiting:
             self._dismiss()
@@ -177,10 +202,11 @@ class Conveyor(Bay):
     def _make_room(self, step: Step) -> bool:
         """Free a slot for the call in hand; False where it has to wait for one.
 
-        A wrong forecast for this call gives way. Experts ordered for other calls do so only where the call has no slot
-        at all, the one due last: a call that has one gets on without, one load at a time, as its link does.
+        What is kept gives way first, then a wrong forecast for this call. Experts ordered for other calls do so only
+        where the call has no slot at all, the one due last: a call that has one gets on without, one load at a time,
+        as its link does.
         """
-        if self.residency.has_free:
+        if self.residency.has_free or self._give_up_kept(self._serving[1]):
             return True
         if len(self._cancelled) >= len(step.waiting):
             return False  # enough will be free soon
@@ -205,18 +231,53 @@ class Conveyor(Bay):
             if identifier not in self.residency.slot_of:
                 if not self.residency.has_free:
                     self._dismiss()
-                if not self.residency.has_free:
+                if not self.residency.has_free and not self._make_room_for(identifier):
                     return
                 self._begin_load(identifier, PREFETCH)
                 self.counters.prefetches += 1
             self._timetable.hold()
 
     def _dismiss(self) -> None:
-        """Let go of what nobody claims."""
-        for identifier in list(self.residency.slot_of):
+        """Let go of what nobody claims; with a keeper only of loads under way, for their link is wanted."""
+        for identifier in list(self.residency.slot_of if self.keeper is None else self._tickets):
             claimed = identifier in self._claimed or self._timetable.holds(identifier)
             if not claimed and identifier not in self._cancelled:
                 self._let_go(identifier)
+
+    def _make_room_for(self, identifier: int) -> bool:
+        """Free a slot for the order whose turn it is; False where all are used before it, or the link is not free."""
+        if self._tickets:
+            return False
+        return self._give_up_kept(layer_and_expert(identifier)[0], after=identifier)
+
+    def _give_up_kept(self, layer: int, after: int | None = None) -> bool:
+        """Empty the slot of what is kept and used last of all; False where nothing is.
+
+        Kept is what no call claims and no order holds. That nobody ordered comes last, and of it what is worth least.
+
+        Args:
+            layer: of the expert that the slot is for.
+            after: only what is used later than this ordered expert may go.
+        """
+        residency = self.residency
+        if self.keeper is None:
+            return False
+        busy, next_use = self._claimed | self._tickets.keys(), self._timetable.next_uses()
+        idle = [i for i in residency.slot_of if i not in busy and not self._timetable.holds(i)]
+        unordered = [i for i in idle if i not in next_use]
+        if unordered:
+            residency.shielded_S[:] = True
+            residency.shielded_S[[residency.slot_of[i] for i in unordered]] = False
+            slot = residency.victim(layer, self.keeper.values(residency.place_S, residency.last_use_S))
+            assert slot is not None, "an expert that is ready can leave"
+            victim = residency.expert_in[slot]
+        else:
+            soonest = next_use[after] if after is not None else -1
+            victim = max((i for i in idle if next_use[i] > soonest), key=next_use.__getitem__, default=None)
+        if victim is None:
+            return False
+        self._let_go(victim)
+        return residency.has_free
 
     def _let_go(self, identifier: int) -> None:
         """An expert leaves its slot, at once or when its load has ended."""

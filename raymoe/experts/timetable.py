@@ -168,6 +168,13 @@ class Timetable:
         """When the expert in a slot that is held will be used: the number of its first booking."""
         return min(booking.number for booking in self._holding[identifier])
 
+    def next_uses(self) -> dict[int, int]:
+        """When each ordered expert will be used next: the number of its first booking, in a slot or not."""
+        uses = {identifier: self.due(identifier) for identifier in self._holding}
+        for number, booking in self._waiting.items():
+            uses[booking.identifier] = min(number, uses.get(booking.identifier, number))
+        return uses
+
     def is_wrong(self, identifier: int, step: StepId | None, layer: int) -> bool:
         """Whether the expert's slot is held for nothing but the call that has come now, which does not ask for it."""
         if step is None:

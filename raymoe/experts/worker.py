@@ -158,11 +158,12 @@ class ExpertWorker:
             loader=self._loader,
             store=self.store,
             new_keeper=None if self._scheduling.policy == "on_demand_shadow" else self._new_keeper,
+            on_orders=self._scheduling.follows_orders,
         )
         self._loader.on_idle = self._on_idle
 
     def _new_keeper(self) -> Keeper:
-        eviction = self._scheduling.eviction if self._scheduling.policy == "importance" else "lru"
+        eviction = self._scheduling.eviction if self._scheduling.substitutes else "lru"
         experts = max(layer.num_experts for layer in self.layers)
         return Keeper(eviction, len(self.layers), experts, self._scheduling.score_window)
 
@@ -170,8 +171,8 @@ class ExpertWorker:
         """Evict, prefetch and assist by other settings from the next call on. Policy and timeouts stay."""
         before, self._scheduling = self._scheduling, scheduling
         if (before.eviction, before.score_window) != (scheduling.eviction, scheduling.score_window):
-            for shelf in self._shelves:
-                shelf.replace_keeper(self._new_keeper())
+            for bay in self._bays:
+                bay.replace_keeper(self._new_keeper())
         if before.host_assist != scheduling.host_assist:
             self._assist()
 
@@ -377,7 +378,7 @@ class ExpertWorker:
         bay.expect(layer, experts[mine], worth[mine])
 
     def order(self, order: LoadOrder) -> None:
-        """Load experts for a call to come, under policy ``on_demand_shadow``; others take no orders.
+        """Load experts for a call to come, where slots are given to orders (``on_demand_shadow``, ``joint``).
 
         Experts that are not in this worker's shard are ignored.
         """

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from raymoe.engine.tune import Tuned
 
 
+SUBSTITUTING = ("importance", "joint")  # policies whose alpha is worth a word
+
+
 class Progress:
     """Long work: a spinner or bar on a terminal, one line per stage in a log. Both go to standard error."""
 
@@ -170,7 +173,8 @@ def plain_table(title: str, columns: tuple[str, ...]) -> Table:
 
 def show_status(stats: ClusterStats) -> None:
     """A table of devices, and a line on the answers so far."""
-    alpha = f" (alpha {stats.engine.alpha:.3g})" if stats.engine is not None and stats.policy == "importance" else ""
+    engine = stats.engine
+    alpha = f" (alpha {engine.alpha:.3g})" if engine is not None and stats.policy in SUBSTITUTING else ""
     title = f"{stats.app}: policy {stats.policy}{alpha}, {stats.replication} owner(s) per expert"
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True

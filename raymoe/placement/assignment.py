@@ -198,6 +198,13 @@ def spread(
     return worker_N
 
 
+def in_order_of_need(experts_TK: np.ndarray) -> np.ndarray:
+    """Each expert once, int32: first those that tokens rank first."""
+    column_first = experts_TK.T.reshape(-1)
+    _, first = np.unique(column_first, return_index=True)
+    return column_first[np.sort(first)].astype(np.int32)
+
+
 def _masks(owners_WE: np.ndarray) -> tuple[int, ...]:
     """Each expert's owners as bits of one integer."""
     packed_EB = np.packbits(owners_WE, axis=0, bitorder="little").T

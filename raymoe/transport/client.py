@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import zmq
@@ -26,6 +26,8 @@ from raymoe.transport.frames import (
 from raymoe.transport.sockets import Endpoint, KeyPair, client_socket
 from raymoe.types import DeviceName
 
+LISTEN_MS = 1  # how long answers are waited for at a time where something else is to be heard meanwhile
+
 
 class WorkerClient:
     """Connections to all remote workers. Used by one thread.
@@ -33,6 +35,10 @@ class WorkerClient:
     Args:
         spin_s: how long to look for an answer without sleeping. Waking up costs more than a short spin, but on
             a machine whose cores the workers need, spinning takes them away; 0 never spins.
+
+    Attributes:
+        late_answers: to requests that nobody waits for any more.
+        while_waiting: done again and again while answers are waited for; None is nothing.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class WorkerClient:
         self._control: dict[DeviceName, zmq.Socket] = {}
         self._name_of: dict[zmq.Socket, DeviceName] = {}
         self.late_answers = 0
+        self.while_waiting: Callable[[], None] | None = None
         for device, endpoint in endpoints.items():
             data = client_socket(self._context, endpoint.data, endpoint.public_key, keys, limits)
             self._data[device] = data
@@ -91,6 +98,9 @@ class WorkerClient:
                     f"no answer from worker {', '.join(late)} within {timeout_s:g} s; is its node up and reachable?"
                 )
             wait_ms = 0 if now < spin_until else max(1, int((deadline - now) * 1000))
+            if self.while_waiting is not None:
+                self.while_waiting()
+                wait_ms = min(wait_ms, LISTEN_MS)
             for socket, _ in self._poller.poll(wait_ms):
                 request = self._receive(socket, requests, answers)
                 if arrived_s is not None and request is not None:

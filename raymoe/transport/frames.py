@@ -46,6 +46,7 @@ class Kind(IntEnum):
     TOKEN = 21
     END = 22
     PLAN = 23
+    FORETOLD = 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

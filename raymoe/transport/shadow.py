@@ -1,4 +1,6 @@
-"""The way between engine and shadow: tokens and KV entries go there, plans come back.
+"""The way between engine and shadow: tokens and KV entries go there, plans or forecasts come back.
+
+Plans where the shadow itself tells workers what to load, forecasts with scores where the engine decides.
 
 The shadow listens, the engine connects. Neither ever waits for the other: what does not fit into a queue is dropped,
 for a forecast that is lost costs time, not correctness.
@@ -7,11 +9,13 @@ for a forecast that is lost costs time, not correctness.
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import zmq
 
+from predictor.forecast import LayerForecast
 from raymoe.errors import FrameError
 from raymoe.transport.frames import Buffer, Header, Kind, Limits, Message, exact_frames, parse_header
 from raymoe.transport.sockets import (
@@ -84,6 +88,9 @@ class Plan:
 
 News = Begin | Token | End
 """What the engine tells."""
+
+Told = Plan | LayerForecast
+"""What the shadow tells."""
 
 
 def pack_news(news: News) -> Message:
@@ -184,6 +191,45 @@ def parse_plan(header: Header, body: Sequence[Buffer], limits: Limits, workers: 
     return Plan(step=step, epoch=header.c, layer=header.layer, experts_N=experts, workers_N=chosen)
 
 
+def pack_foretold(forecast: LayerForecast) -> Message:
+    """A forecast with its scores, to the engine."""
+    header = Header(
+        kind=Kind.FORETOLD,
+        dtype=torch.float32,
+        request=0,
+        layer=forecast.layer,
+        rows=len(forecast.scores_TE),
+        a=forecast.step.sequence,
+        b=forecast.step.position,
+        c=forecast.epoch,
+        d=forecast.experts_TK.shape[1],
+        e=forecast.scores_TE.shape[1],
+    )
+    return [
+        header.pack(),
+        np.ascontiguousarray(forecast.experts_TK, dtype=np.int32).reshape(-1).data,
+        np.ascontiguousarray(forecast.scores_TE, dtype=np.float32).reshape(-1).data,
+    ]
+
+
+def parse_foretold(header: Header, body: Sequence[Buffer], limits: Limits) -> LayerForecast:
+    """The forecast in a message. Raises FrameError where sizes, experts or scores are wrong."""
+    if header.kind is not Kind.FORETOLD:
+        raise FrameError(f"{header.kind.name} is no forecast")
+    rows, top_k, experts = header.rows, header.d, header.e
+    if header.layer >= limits.layers or not rows or not 0 < experts <= limits.experts or top_k > experts:
+        raise FrameError(f"a forecast of {top_k:,} of {experts:,} experts in {rows:,} rows for layer {header.layer}")
+    frames = exact_frames(body, [4 * rows * top_k, 4 * rows * experts], limits)
+    experts_TK = np.frombuffer(frames[0], dtype=np.int32).reshape(rows, top_k).astype(np.int64)
+    scores_TE = np.frombuffer(frames[1], dtype=np.float32).reshape(rows, experts)
+    if top_k and (experts_TK.min() < 0 or experts_TK.max() >= experts):
+        raise FrameError(f"a forecast's experts lie within 0 and {experts - 1}")
+    if not np.isfinite(scores_TE).all():
+        raise FrameError("a forecast's scores must be finite")
+    step = StepId(sequence=header.a, position=header.b)
+    return LayerForecast(step=step, epoch=header.c, layer=header.layer, experts_TK=experts_TK, scores_TE=scores_TE)
+
+
 class ShadowServer:
     """The shadow's end. Used by one thread.
 
@@ -218,12 +264,13 @@ class ShadowServer:
                 wait_s = 0.0
         return None
 
-    def send(self, plan: Plan) -> None:
+    def send(self, told: Told) -> None:
         """Tell the engine that spoke last."""
         if self._peer is None:
             return
         try:
-            self._socket.send_multipart([self._peer, *pack_plan(plan)], flags=zmq.NOBLOCK)
+            message = pack_plan(told) if isinstance(told, Plan) else pack_foretold(told)
+            self._socket.send_multipart([self._peer, *message], flags=zmq.NOBLOCK)
         except zmq.ZMQError:  # it does not keep up, or is gone
             self.dropped += 1
 
@@ -275,8 +322,8 @@ class ShadowClient:
         except zmq.Again:
             self.dropped += 1
 
-    def receive(self, on_plan: Callable[[Plan], None]) -> None:
-        """Hand on every plan that has come. Never waits."""
+    def receive(self, on_told: Callable[[Any], None]) -> None:
+        """Hand on every plan or forecast that has come. Never waits."""
         self._connect()
         socket = self._socket
         while socket is not None:
@@ -286,11 +333,16 @@ class ShadowClient:
                 return
             try:
                 buffers = [frame.buffer for frame in frames]
-                plan = parse_plan(parse_header(buffers[0], self._limits), buffers[1:], self._limits, self._workers)
+                told = self._parse(parse_header(buffers[0], self._limits), buffers[1:])
             except FrameError:
                 self.dropped += 1
                 continue
-            on_plan(plan)
+            on_told(told)
+
+    def _parse(self, header: Header, body: Sequence[Buffer]) -> Told:
+        if header.kind is Kind.FORETOLD:
+            return parse_foretold(header, body, self._limits)
+        return parse_plan(header, body, self._limits, self._workers)
 
     def close(self) -> None:
         """Close the connection."""

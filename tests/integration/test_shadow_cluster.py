@@ -171,3 +171,18 @@ def test_leaving_ends_the_shadow_with_the_workers(ray_session: None) -> None:
         return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and "leaving" in actor["name"]]
 
     until(lambda: not names(), "the actors end")
+
+
+def test_under_policy_joint_the_engine_orders_what_the_shadow_foretells(expected: list[int]) -> None:
+    config = cluster({"bits": 8})
+    config["scheduling"] = {"policy": "joint", "alpha": 0.5}
+    for device in config["devices"]:
+        device["slot_memory"] = 8 * ONE_EXPERT
+    with raymoe.launch(config, app="joint") as moe:
+        exact = moe.generate(PROMPT, max_tokens=TOKENS, quality="exact", **GREEDY)
+        free = moe.generate(PROMPT, max_tokens=TOKENS, **GREEDY)
+        stats = moe.stats()
+    assert exact.token_ids == expected[:TOKENS] and exact.routing.substituted == 0 < free.routing.substituted
+    assert exact.routing.recall is not None and exact.routing.recall > 0.9
+    assert sum(device.prefetches for device in stats.devices.values()) > 0
+    assert all(device.peak_slot_bytes <= 8 * ONE_EXPERT for device in stats.devices.values())

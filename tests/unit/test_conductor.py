@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from predictor.forecast import LayerForecast
-from raymoe.engine.conductor import Conductor, in_order_of_need
+from raymoe.engine.conductor import Conductor
 from raymoe.experts.call import LoadOrder
-from raymoe.placement.assignment import Fleet
+from raymoe.placement.assignment import Fleet, in_order_of_need
 from raymoe.types import DeviceName, StepId
 
 LAYERS, EXPERTS = 4, 8

@@ -170,7 +170,7 @@ def test_configuration_cannot_be_changed() -> None:
 # --- scheduling -----------------------------------------------------------------------------------------
 
 WRONG_SCHEDULING = [
-    ({"policy": "lru"}, "policy: Input should be 'on_demand', 'all_resident', 'importance' or 'on_demand_shadow'"),
+    ({"policy": "lru"}, "policy: Input should be 'on_demand', 'all_resident', 'importance', 'on_demand_shadow' or 'j"),
     ({"alpha": -0.1}, "alpha: is -0.1; allowed is 0 to 1"),
     ({"alpha": 1.5}, "alpha: is 1.5; allowed is 0 to 1"),
     ({"alpha": float("nan")}, "alpha: is nan; allowed is 0 to 1"),
@@ -281,8 +281,40 @@ def test_a_wrong_predictor_is_refused_with_what_is_allowed(fields: dict[str, Any
 @pytest.mark.parametrize("policy", ["on_demand", "all_resident", "importance"])
 def test_a_predictor_needs_the_policy_that_uses_it(policy: str) -> None:
     message = refused({"scheduling": {"policy": policy}, "predictor": {}})
-    assert f'"predictor" is of policy "on_demand_shadow", but scheduling.policy is "{policy}"' in message
+    assert f'"predictor" is of policies "on_demand_shadow" and "joint", but scheduling.policy is "{policy}"' in message
     assert "change the policy, or remove the predictor" in message
+
+
+@pytest.mark.parametrize("scheduling", [None, {}, {"alpha": 0.1, "group_size": 2}])
+def test_with_a_predictor_and_no_policy_the_policy_is_joint(scheduling: dict[str, Any] | None) -> None:
+    data = {"predictor": {}} if scheduling is None else {"predictor": {}, "scheduling": scheduling}
+    config = ClusterConfig.parse(data)
+    assert config.scheduling == SchedulingConfig(policy="joint", **(scheduling or {}))
+    assert ClusterConfig.model_validate(config.model_dump(mode="json")) == config
+    assert ClusterConfig.parse({**data, "predictor": None}).scheduling.policy == "on_demand"
+
+
+@pytest.mark.parametrize("policy", ["joint", "on_demand_shadow"])
+def test_a_policy_that_is_named_stays_with_and_without_a_predictor(policy: str) -> None:
+    for predictor in (None, {}, {"kind": "gate"}):
+        config = ClusterConfig.parse({"scheduling": {"policy": policy}, "predictor": predictor})
+        assert config.scheduling.policy == policy
+
+
+@pytest.mark.parametrize(
+    ("policy", "substitutes", "follows_orders"),
+    [
+        ("on_demand", False, False),
+        ("all_resident", False, False),
+        ("importance", True, False),
+        ("on_demand_shadow", False, True),
+        ("joint", True, True),
+    ],
+)
+def test_what_policies_do(policy: Any, substitutes: bool, follows_orders: bool) -> None:
+    scheduling = SchedulingConfig(policy=policy, alpha=0.2)
+    assert (scheduling.substitutes, scheduling.follows_orders) == (substitutes, follows_orders)
+    assert scheduling.alpha_of(None) == (0.2 if substitutes else 0.0)
 
 
 def test_the_resident_predictor_needs_local_devices() -> None:
@@ -296,7 +328,7 @@ def test_the_resident_predictor_needs_local_devices() -> None:
 
 def test_a_predictor_keeps_its_policy() -> None:
     config = ClusterConfig.parse({"scheduling": CACHELESS, "predictor": {"kind": "gate"}})
-    with pytest.raises(ConfigError, match='"predictor" is of policy "on_demand_shadow"'):
+    with pytest.raises(ConfigError, match='"predictor" is of policies "on_demand_shadow" and "joint"'):
         config.rescheduled(SchedulingConfig())
     assert config.rescheduled(SchedulingConfig(policy="on_demand_shadow", alpha=0.1)).predictor == config.predictor
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from raymoe.engine.dispatch import Changes, Dispatcher
 from raymoe.experts.call import ExpertAnswer, ExpertCall, expert_id
+from raymoe.placement.assignment import Fleet
 from raymoe.types import DeviceName, ExpertKey, LayerSize
 
 NEAR, FAR = DeviceName("near"), DeviceName("far")
@@ -26,6 +28,7 @@ class Remote:
 
     tells: dict[DeviceName, dict] = field(default_factory=dict)
     sent: dict[int, tuple[DeviceName, ExpertCall]] = field(default_factory=dict)
+    while_waiting: Any = None
 
     def send(self, device: DeviceName, call: ExpertCall) -> int:
         self.sent[len(self.sent)] = (device, call)
@@ -119,3 +122,42 @@ def test_scores_go_along_with_every_call() -> None:
     scores = np.linspace(0, 1, EXPERTS, dtype=np.float32)
     dispatcher(remote, ()).compute(0, torch.zeros(1, 4), torch.tensor([[0, 3]]), scores)
     assert {name: call.scores_E is scores for name, call in remote.sent.values()} == {NEAR: True, FAR: True}
+
+
+# --- a fleet --------------------------------------------------------------------------------------------
+
+
+def of_fleet(remote: Remote, bounded: Collection[DeviceName]) -> Dispatcher:
+    """Both own everything of layer 0; of layer 1 each what it owns first."""
+    everything = np.ones((2, EXPERTS), dtype=bool)
+    halves = np.array([[expert < 3 for expert in range(EXPERTS)], [expert >= 3 for expert in range(EXPERTS)]])
+    fleet = Fleet(workers=2, group_size=2, owners_LWE=(everything, halves))
+    devices = (NEAR, FAR)
+    return Dispatcher(
+        SIZES, OWNERS, local={}, remote=remote, timeout_s=1.0, bounded=bounded, fleet=fleet, devices=devices
+    )
+
+
+def test_of_a_fleet_it_is_known_who_holds_what() -> None:
+    remote = Remote(tells={FAR: {"loaded": (expert_id(0, 1),), "load_s": 0.004}})
+    made = of_fleet(remote, bounded={FAR})
+    assert not made.holding(0)[1].any() and made.holding(0)[0].all()
+    assert made.holding(1).tolist() == [[True] * 3 + [False] * 3, [False] * EXPERTS]
+    assert made.loads_s() == [None, None]
+    ask(made, 0, 0, 1)
+    assert np.flatnonzero(made.holding(0)[1]).tolist() == [1]
+    assert made.loads_s() == [None, 0.004]
+
+
+def test_what_is_told_of_holdings_may_be_changed() -> None:
+    made = of_fleet(Remote(), bounded={NEAR, FAR})
+    made.holding(0)[:] = True
+    assert not made.holding(0).any()
+
+
+def test_remote_workers_are_told_what_to_do_while_they_are_waited_for() -> None:
+    remote = Remote()
+    action = list[int]().clear
+    of_fleet(remote, ()).listen(action)
+    assert remote.while_waiting == action
+    Dispatcher(SIZES, OWNERS, local={}, remote=None, timeout_s=1.0).listen(action)  # nobody is waited for

@@ -15,6 +15,7 @@ import zmq
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from predictor.forecast import LayerForecast
 from raymoe.errors import FrameError
 from raymoe.transport.frames import DTYPES, HEADER, Header, Kind, Limits, Message, parse_header
 from raymoe.transport.shadow import (
@@ -26,8 +27,10 @@ from raymoe.transport.shadow import (
     ShadowClient,
     ShadowServer,
     Token,
+    pack_foretold,
     pack_news,
     pack_plan,
+    parse_foretold,
     parse_news,
     parse_plan,
 )
@@ -90,6 +93,20 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
+@st.composite
+def forecasts(draw: st.DrawFn) -> LayerForecast:
+    rows, experts = draw(st.integers(1, 3)), draw(st.integers(1, LIMITS.experts))
+    random = np.random.default_rng(draw(st.integers(0, 1000)))
+    top_k = draw(st.integers(0, experts))
+    return LayerForecast(
+        step=StepId(sequence=draw(sequences), position=draw(sequences)),
+        epoch=draw(sequences),
+        layer=draw(st.integers(0, LIMITS.layers - 1)),
+        experts_TK=np.stack([random.permutation(experts)[:top_k] for _ in range(rows)]),
+        scores_TE=random.random((rows, experts), dtype=np.float32),
+    )
+
+
 def plan(position: int = 3, epoch: int = 0) -> Plan:
     step = StepId(sequence=1, position=position)
     return Plan(
@@ -104,6 +121,10 @@ def shown(plan: Plan) -> tuple[Any, ...]:
 
 def read_news(frames: list[bytes]) -> News:
     return parse_news(parse_header(frames[0], LIMITS), frames[1:], LIMITS)
+
+
+def read_foretold(frames: list[bytes]) -> LayerForecast:
+    return parse_foretold(parse_header(frames[0], LIMITS), frames[1:], LIMITS)
 
 
 def read_plan(frames: list[bytes]) -> Plan:
@@ -131,6 +152,14 @@ def test_plans_survive_the_round_trip(plan: Plan) -> None:
     parsed = read_plan(wire(pack_plan(plan)))
     assert shown(parsed) == shown(plan)
     assert parsed.experts_N.dtype == parsed.workers_N.dtype == np.int32
+
+
+@given(forecasts())
+def test_forecasts_survive_the_round_trip_with_their_scores(forecast: LayerForecast) -> None:
+    parsed = read_foretold(wire(pack_foretold(forecast)))
+    assert (parsed.step, parsed.epoch, parsed.layer) == (forecast.step, forecast.epoch, forecast.layer)
+    assert np.array_equal(parsed.experts_TK, forecast.experts_TK) and parsed.experts_TK.dtype == np.int64
+    assert np.array_equal(parsed.scores_TE, forecast.scores_TE) and parsed.scores_TE.dtype == np.float32
 
 
 def test_entries_are_sent_from_their_own_memory() -> None:
@@ -177,10 +206,19 @@ def check_parsers(frames: list[bytes]) -> None:
         assert all(0 <= worker < WORKERS for worker in parsed.workers_N.tolist())
     except FrameError:
         pass
+    try:
+        foretold = parse_foretold(header, frames[1:], LIMITS)
+        assert foretold.layer < LIMITS.layers and foretold.scores_TE.shape[1] <= LIMITS.experts
+        assert np.isfinite(foretold.scores_TE).all() and len(foretold.experts_TK) == len(foretold.scores_TE)
+        assert all(0 <= e < foretold.scores_TE.shape[1] for e in foretold.experts_TK.reshape(-1).tolist())
+    except FrameError:
+        pass
 
 
 messages = st.one_of(
-    (begins | ends | tokens()).map(lambda news: wire(pack_news(news))), plans().map(lambda plan: wire(pack_plan(plan)))
+    (begins | ends | tokens()).map(lambda news: wire(pack_news(news))),
+    plans().map(lambda plan: wire(pack_plan(plan))),
+    forecasts().map(lambda forecast: wire(pack_foretold(forecast))),
 )
 
 
@@ -269,6 +307,27 @@ def test_what_is_wrong_with_a_plan_is_named(frames: list[bytes], message: str) -
         read_plan(frames)
 
 
+NAN = np.full(2, np.nan, np.float32).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ([header(Kind.PLAN)], "PLAN is no forecast"),
+        ([header(Kind.FORETOLD, d=1, e=2)], "a forecast of 1 of 2 experts in 0 rows for layer 0"),
+        ([header(Kind.FORETOLD, layer=8, rows=1, d=1, e=2)], "a forecast of 1 of 2 experts in 1 rows for layer 8"),
+        ([header(Kind.FORETOLD, rows=1, d=3, e=2)], "a forecast of 3 of 2 experts in 1 rows for layer 0"),
+        ([header(Kind.FORETOLD, rows=1, d=1, e=33)], "a forecast of 1 of 33 experts in 1 rows for layer 0"),
+        ([header(Kind.FORETOLD, rows=1, d=1, e=2), bytes(4)], r"buffers of \[4\] bytes, expected \[4, 8\]"),
+        ([header(Kind.FORETOLD, rows=1, d=1, e=2), b"\2\0\0\0", bytes(8)], "experts lie within 0 and 1"),
+        ([header(Kind.FORETOLD, rows=1, d=1, e=2), bytes(4), NAN], "scores must be finite"),
+    ],
+)
+def test_what_is_wrong_with_a_forecast_is_named(frames: list[bytes], message: str) -> None:
+    with pytest.raises(FrameError, match=message):
+        read_foretold(frames)
+
+
 # --- sockets --------------------------------------------------------------------------------------------
 
 
@@ -349,6 +408,17 @@ def test_news_go_there_in_order_and_plans_come_back(server: ShadowServer, client
     server.send(plan())
     assert shown(plan_from(client)) == shown(plan())
     assert client.bytes_sent == 4 * HEADER.size + 2 * 4 + 8, "headers, two tokens of the prompt, and entries"
+
+
+def test_forecasts_come_back_too(server: ShadowServer, client: ShadowClient) -> None:
+    client.tell(End(sequence=1))
+    assert server.receive(TIMEOUT_S) == End(sequence=1)
+    scores_TE = np.array([[0.25, 0.75]], dtype=np.float32)
+    step = StepId(sequence=1, position=3)
+    server.send(LayerForecast(step=step, epoch=2, layer=1, experts_TK=np.array([[1]]), scores_TE=scores_TE))
+    received: Any = plan_from(client)
+    assert isinstance(received, LayerForecast) and (received.step, received.epoch, received.layer) == (step, 2, 1)
+    assert (received.experts_TK.tolist(), received.scores_TE.tolist()) == ([[1]], [[0.25, 0.75]])
 
 
 def test_nothing_to_hear_is_none_at_once(server: ShadowServer, client: ShadowClient) -> None:
