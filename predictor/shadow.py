@@ -9,6 +9,9 @@ The paper's shadow departs late: it waits for the model's token, so that the fir
 sooner than they are reached. Here it goes on from *its own* next token. Where the model's differs, it takes the step
 back (crops its caches) and begins it anew, in a new epoch of the sequence; a step under way is left at its next layer.
 
+Its own next tokens are drafts: the model may read them along and see which of them it would have chosen itself. Its
+passes then read several positions each, and forecasts are labelled by passes (``Passes``).
+
 B rows decoded in lockstep (one where a model is served), K experts per token, E experts.
 """
 
@@ -20,17 +23,21 @@ import numpy as np
 import torch
 
 from predictor.forecast import LayerForecast
+from predictor.passes import Passes
 from predictor.shadow_model import ShadowModel
 from raymoe.model.kv import KvEntries
 from raymoe.types import StepId
 
-RUN_AHEAD = 2  # steps beyond the last token that is known; workers' few slots hold no more, and guesses get worse
+RUN_AHEAD = 2  # passes beyond the one in hand; workers' few slots hold no more, and guesses get worse
 
 Rows = tuple[int, ...]
 """One token of each row."""
 
 Guess = Callable[[int, torch.Tensor], Rows]
 """The token of each row that a step reads, from its number, counted from the prompt on, and logits [B, vocabulary]."""
+
+OnDraft = Callable[[StepId, int, Rows], None]
+"""Told of each token that the shadow has chosen itself: where it is read, the epoch, and the token of each row."""
 
 
 class Overtaken(Exception):
@@ -39,23 +46,32 @@ class Overtaken(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alignment:
-    """How the shadow follows the model; periods in steps, 0 is never."""
+    """How the shadow follows the model; periods in steps, 0 is never.
+
+    Attributes:
+        run_ahead: passes of the model that it may be ahead.
+        drafts: most of its own tokens that a pass of the model reads along; 0: nobody wants to know them.
+    """
 
     token_every: int = 1
     kv_every: int = 1
     run_ahead: int = RUN_AHEAD
+    drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """What the model told of a sequence: it is about to read ``tokens`` at ``position``.
+    """What the model told of a sequence: it is about to read ``tokens`` at ``position``, and drafts after it.
 
     Attributes:
+        drafts: that it reads along; coming: those that its next passes will read, as far as is known.
         entries: its keys and values of positions before that, from ``start`` on; None where none came along.
     """
 
     position: int
     tokens: Rows
+    drafts: int = 0
+    coming: int = 0
     entries: KvEntries | None = None
     start: int = 0
 
@@ -68,6 +84,7 @@ class _Sequence:
         tokens: by position, as the shadow reads them: the model's where it aligns, else its own.
         heard: the model's, by position, as far as the shadow has none of its own yet.
         computed: positions that are in the caches; known: positions whose token the model has told.
+        passes: of the model, as far as is known.
         epoch: how often forecasts have begun anew.
         guess: how the next token is chosen.
     """
@@ -76,6 +93,7 @@ class _Sequence:
     prompt: int
     tokens: list[Rows]
     known: int
+    passes: Passes
     guess: Guess
     computed: int = 0
     epoch: int = 0
@@ -101,6 +119,7 @@ class Shadow:
 
     Args:
         on_forecast: told of each layer's routing as soon as it is known.
+        on_draft: told of each token that the shadow has chosen itself.
         guess: how the shadow chooses its own next token; greedily where omitted.
 
     Attributes:
@@ -114,11 +133,13 @@ class Shadow:
         alignment: Alignment,
         on_forecast: Callable[[LayerForecast], None],
         guess: Guess | None = None,
+        on_draft: OnDraft = lambda step, epoch, tokens: None,
     ) -> None:
         self.counts = ShadowCounts()
         self._model = model
         self.alignment = alignment
         self.on_forecast = on_forecast
+        self.on_draft = on_draft
         self._guess = guess or greedy
         self._sequences: dict[int, _Sequence] = {}
         self._current: _Sequence | None = None
@@ -126,17 +147,21 @@ class Shadow:
 
     # --- what is told -----------------------------------------------------------------------------------
 
-    def begin(self, sequence: int, rows: Sequence[Sequence[int]], guess: Guess | None = None) -> None:
+    def begin(
+        self, sequence: int, rows: Sequence[Sequence[int]], guess: Guess | None = None, *, coming: int = 0
+    ) -> None:
         """The model reads these prompts, all of one length.
 
         Args:
             guess: how the sequence's next tokens are chosen, where not as the shadow's otherwise are.
+            coming: drafts that the first passes after the prompt will read.
         """
         tokens = [tuple(column) for column in zip(*rows, strict=True)]
         before = self._sequences.get(sequence)
         epoch = 0 if before is None else before.epoch + 1  # orders of the life before may still be on their way
         self.end(sequence)
-        begun = _Sequence(sequence, len(tokens), tokens, len(tokens), guess or self._guess, epoch=epoch)
+        passes = Passes(first=0, reads=len(tokens), each=1 + coming)
+        begun = _Sequence(sequence, len(tokens), tokens, len(tokens), passes, guess or self._guess, epoch=epoch)
         self._sequences[sequence] = begun
 
     def tokens(self, sequence: int) -> list[Rows]:
@@ -176,7 +201,7 @@ class Shadow:
 
     def _may_step(self, sequence: _Sequence) -> bool:
         ahead = self.alignment.run_ahead if self._model.may_run_ahead(sequence.id) else 0
-        return sequence.computed < min(sequence.known + ahead, len(sequence.tokens))
+        return sequence.computed < min(sequence.passes.end(ahead), len(sequence.tokens))
 
     def _advance(self, sequence: _Sequence) -> None:
         if not sequence.computed:
@@ -194,13 +219,15 @@ class Shadow:
                 self._count(guessed, heard)
             follows = heard is not None and is_due(self.alignment.token_every, step)
             sequence.tokens.append(heard if follows and heard is not None else guessed)
+            if not follows:
+                self.on_draft(StepId(sequence=sequence.id, position=sequence.computed), sequence.epoch, guessed)
 
     def _routed(self, layer: int, experts_TK: np.ndarray, scores_TE: np.ndarray) -> None:
         """The model's router has chosen; in a prompt it is not asked for."""
         sequence = self._current
         if sequence is None:
             return
-        step = StepId(sequence=sequence.id, position=sequence.computed)
+        step = StepId(sequence=sequence.id, position=sequence.passes.of(sequence.computed))
         self.on_forecast(
             LayerForecast(step=step, epoch=sequence.epoch, layer=layer, experts_TK=experts_TK, scores_TE=scores_TE)
         )
@@ -222,6 +249,9 @@ class Shadow:
 
     def _follow(self, sequence: _Sequence, told: Told) -> None:
         """Align with what was told: the token, then keys and values."""
+        held = min(told.position - sequence.known, sequence.passes.reads - 1)  # drafts that the model went past
+        if held > 0:
+            self._count(told.tokens * held, told.tokens * held)
         if told.position < len(sequence.tokens):
             self._compare(sequence, told)
         elif told.position == len(sequence.tokens) and is_due(
@@ -231,6 +261,7 @@ class Shadow:
         else:
             sequence.heard[told.position] = told.tokens
         sequence.known = told.position + 1
+        sequence.passes = Passes(first=told.position, reads=1 + told.drafts, each=1 + told.coming)
         if told.entries is not None and sequence.computed:
             self._align_entries(sequence, told.entries, told.start)
 

@@ -294,10 +294,30 @@ class PredictorConfig(StrictModel):
     run_ahead: bool = Field(
         True, description="Go on from the shadow's own next token before the model's is known, and back if it differs."
     )
+    drafts: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Most tokens of the shadow that the model reads along in one pass, and keeps as far as it would "
+        "have chosen them itself; how many pay is measured. 0: none.",
+    )
     device: str = Field("cpu", pattern=r"^(cpu|cuda:\d+)$", description='Where the shadow runs: "cpu" or "cuda:N".')
     threads: int | None = Field(None, ge=1, description="CPU threads of the shadow; omitted: 1.")
     node_labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels the shadow must match.")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray resources the shadow takes.")
+
+    @model_validator(mode="after")
+    def _drafts_come_from_a_shadow_ahead(self) -> "PredictorConfig":
+        if not self.drafts:
+            return self
+        needed = {"kind": "shadow", "run_ahead": True, "token_align_every": 1}
+        for field, value in needed.items():
+            if getattr(self, field) != value:
+                raise ValueError(
+                    f"drafts are what a shadow takes for the model's next tokens: they need {field} {value!r}, not "
+                    f"{getattr(self, field)!r}; change it, or set drafts 0"
+                )
+        return self
 
 
 class ServingConfig(StrictModel):

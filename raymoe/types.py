@@ -52,6 +52,7 @@ class Routing:
         substituted: (token, expert) pairs of the router that were replaced by another expert.
         replaced_mass: sum over decisions of the replaced experts' share of the chosen ones' gate scores.
         foretellable, foretold: (token, expert) pairs of decode steps under a predictor, and those it had named.
+        drafted, accepted: guesses of a shadow that were read along, and those that the model chose too.
     """
 
     hits: int = 0
@@ -65,11 +66,18 @@ class Routing:
     replaced_mass: float = 0.0
     foretellable: int = 0
     foretold: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def recall(self) -> float | None:
         """Share of the truly chosen experts that the predictor named; None where none was asked."""
         return self.foretold / self.foretellable if self.foretellable else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafts that the model chose too; None where none was read."""
+        return self.accepted / self.drafted if self.drafted else None
 
     @property
     def hit_rate(self) -> float:

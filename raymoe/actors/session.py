@@ -280,6 +280,8 @@ class Session:
             bytes_loaded=routing.bytes_loaded,
             refused_settings=self.refused_settings,
             recall=routing.recall,
+            drafted=routing.drafted,
+            accepted=routing.accepted,
             **{name: getattr(report, name) for name in report.__slots__ if name != "routing"},
         )
 

@@ -31,7 +31,7 @@ from raymoe.types import DeviceName, Routing, SamplingRecipe, StepId
 
 log = logging.getLogger(__name__)
 
-MOST_DECODE_TOKENS = 8  # of a step that its layer's group serves alone; more need most experts, so all workers help
+MOST_DECODE_TOKENS = 8  # of a prompt that a layer's group serves alone; more need most experts, so all workers help
 FARTHEST = 3  # layers that gates look ahead; on the embedded model they name .77, .69 and .61 of the top 4 there
 
 
@@ -93,11 +93,12 @@ class CachelessScheduler:
         foresight.routed(layer, chosen_TK)
         if self._history is not None:
             self._routed.append(chosen_TK)
-        if tokens > MOST_DECODE_TOKENS:
+        decodes = foresight.step is not None and not foresight.in_prompt
+        if tokens > MOST_DECODE_TOKENS and not decodes:
             return self._compute_prompt(layer, hidden_TH, experts_TK)
         plan = foresight.plan(layer)
         meanwhile = nothing
-        if self._forecast is not None and foresight.step is not None and not foresight.in_prompt:
+        if self._forecast is not None and foresight.step is not None and decodes:
             forecast, step = self._forecast, foresight.step
             meanwhile = lambda: self._foretell(forecast, step, layer, k)  # noqa: E731 - a closure over this step
         return self._ask(layer, hidden_TH, experts_TK, meanwhile, plan)

@@ -6,22 +6,38 @@ the same pure rule (``placement.assignment``); the engine asks for each expert w
 T tokens, K experts per token, N experts of a plan.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from predictor.forecast import LayerForecast
 from raymoe.experts.call import LoadOrder
-from raymoe.placement.assignment import Fleet, assign, in_order_of_need
+from raymoe.placement.assignment import Fleet, assign, in_order_of_need, reassign
 from raymoe.transport.shadow import Plan
-from raymoe.types import DeviceName
+from raymoe.types import DeviceName, StepId
+
+MOST_REMEMBERED = 4096  # layers of sequences; forgetting one makes an expert loaded twice, no more
 
 SendOrder = Callable[[DeviceName, LoadOrder], None]
 """Tells one worker what to load; never waits."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Ordered:
+    """What was ordered for a layer of one step: the worker of each expert."""
+
+    step: StepId
+    epoch: int
+    workers: dict[int, int] = field(default_factory=dict)
+
+
 class Conductor:
     """Sends load orders.
+
+    Several forecasts for one layer of a step add up: a pass of several positions is foretold one by one. Each expert is
+    ordered once.
 
     Args:
         devices: names in the order of the fleet.
@@ -31,25 +47,49 @@ class Conductor:
         self._fleet = fleet
         self._devices = tuple(devices)
         self._send = send
+        self._ordered: OrderedDict[tuple[int, int], _Ordered] = OrderedDict()  # by sequence and layer
 
     def conduct(self, forecast: LayerForecast) -> Plan:
-        """Order what a forecast names; returns who was told what."""
-        experts_N, workers_N = self._hand_out(forecast)
-        for worker in np.unique(workers_N).tolist():
-            self._order(worker, forecast, experts_N[workers_N == worker])
-        return Plan(
-            step=forecast.step,
-            epoch=forecast.epoch,
-            layer=forecast.layer,
-            experts_N=experts_N,
-            workers_N=workers_N.astype(np.int32),
-        )
-
-    def _hand_out(self, forecast: LayerForecast) -> tuple[np.ndarray, np.ndarray]:
-        """The experts to have in slots, int32 [N], those needed most first, and the worker of each."""
+        """Order what a forecast names and none before it did for this layer; returns who was told what, now or then."""
         experts_N = in_order_of_need(forecast.experts_TK)
-        return experts_N, assign(experts_N, forecast.layer, self._fleet)
+        before = self._before(forecast)
+        workers_N = self._hand_out(experts_N, forecast.layer, before.workers)
+        fresh_N = np.array([expert not in before.workers for expert in experts_N.tolist()], dtype=bool)
+        before.workers.update(zip(experts_N.tolist(), workers_N.tolist(), strict=True))
+        for worker in np.unique(workers_N[fresh_N]).tolist():
+            self._order(worker, forecast, experts_N[fresh_N & (workers_N == worker)])
+        return plan_of(forecast, experts_N, workers_N)
+
+    def _before(self, forecast: LayerForecast) -> _Ordered:
+        """What was ordered for the forecast's layer of its step, in its epoch."""
+        key = forecast.step.sequence, forecast.layer
+        ordered = self._ordered.pop(key, None)
+        if ordered is None or (ordered.step, ordered.epoch) != (forecast.step, forecast.epoch):
+            ordered = _Ordered(forecast.step, forecast.epoch)
+        self._ordered[key] = ordered
+        if len(self._ordered) > MOST_REMEMBERED:
+            self._ordered.popitem(last=False)
+        return ordered
+
+    def _hand_out(self, experts_N: np.ndarray, layer: int, before: dict[int, int]) -> np.ndarray:
+        """A worker for each expert [N]; those that were ordered stay where they are, and count as loads there."""
+        if not before:
+            return assign(experts_N, layer, self._fleet)
+        ordered_N = np.array(list(before), dtype=experts_N.dtype)
+        union_N = np.concatenate([experts_N, ordered_N[~np.isin(ordered_N, experts_N)]])
+        return reassign(union_N, before, layer, self._fleet)[: len(experts_N)]
 
     def _order(self, worker: int, forecast: LayerForecast, experts_N: np.ndarray) -> None:
         order = LoadOrder(step=forecast.step, epoch=forecast.epoch, layer=forecast.layer, experts=experts_N)
         self._send(self._devices[worker], order)
+
+
+def plan_of(forecast: LayerForecast, experts_N: np.ndarray, workers_N: np.ndarray) -> Plan:
+    """Who was told to load what for a forecast."""
+    return Plan(
+        step=forecast.step,
+        epoch=forecast.epoch,
+        layer=forecast.layer,
+        experts_N=experts_N,
+        workers_N=workers_N.astype(np.int32),
+    )

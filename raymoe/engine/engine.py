@@ -1,7 +1,8 @@
 """The engine: a step loop over a set of requests.
 
 One thread owns the model and every sequence. Others submit and cancel; answers go out through a callback, in
-chunks. Each step decodes one token of every running request, then admits waiting ones.
+chunks. Each step runs one pass of every running request, which makes a token, or several where a shadow guessed them;
+then it admits waiting ones.
 """
 
 import itertools
@@ -10,66 +11,27 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NewType
+from typing import Any
 
 import torch
 
 from raymoe.config import SchedulingConfig, TrunkConfig
+from raymoe.engine.drafting import Drafting
 from raymoe.engine.request import Chunk, SamplingParams, TokenLogprob, Usage
 from raymoe.engine.sampling import Sampler, SamplingDefaults
 from raymoe.engine.scheduler_protocol import Scheduler
+from raymoe.engine.sequence import EngineReport, OnChunk, RequestId, Sequence
 from raymoe.engine.text import Decoder, TextStream
 from raymoe.errors import EngineStoppedError, OverloadedError, RequestError
-from raymoe.model.runner import Runner, SequenceState
+from raymoe.model.runner import Runner
+from raymoe.model.trials import make_cuttable
 from raymoe.placement.alpha import AlphaControl
 from raymoe.types import Routing
 
 log = logging.getLogger(__name__)
 
-RequestId = NewType("RequestId", int)
 MOST_IDS = 1 << 30  # first id; forced sequences begin at 2^31
 IDLE_WAIT_S = 0.5  # how often an idle engine looks whether it should stop
-
-OnChunk = Callable[[Chunk | BaseException], None]
-"""Receives every chunk; an exception instead of one ends the request. Called on the engine's thread."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Sequence:
-    """One request in the engine."""
-
-    id: RequestId
-    prompt: list[int]
-    max_tokens: int
-    end_tokens: frozenset[int]
-    sampler: Sampler
-    text: TextStream
-    on_chunk: OnChunk
-    alpha: float | None
-    answer: list[int] = field(default_factory=list)
-    state: SequenceState | None = None
-    routing: Routing = field(default_factory=Routing)
-    cancelled: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineReport:
-    """What the engine says of itself."""
-
-    running: int
-    waiting: int
-    finished: int
-    failed: int
-    prompt_tokens: int
-    completion_tokens: int
-    kv_bytes: int
-    kv_budget_bytes: int | None
-    routing: Routing
-    decode_s: float
-    steps: int
-    alpha: float
 
 
 class Engine:
@@ -78,6 +40,7 @@ class Engine:
     Args:
         context: most tokens of prompt and answer together; None where the model names no limit.
         end_tokens: the model's ends of sequence.
+        drafting: says which guesses of a shadow are read along; None: none are.
 
     Attributes:
         experts: the say on routing. Another may be put in its place while no request is under way.
@@ -96,6 +59,7 @@ class Engine:
         context: int | None,
         vocabulary: int,
         max_output_tokens: int,
+        drafting: Drafting | None = None,
     ) -> None:
         self._runner = runner
         self.experts = experts
@@ -106,9 +70,10 @@ class Engine:
         self._context = context
         self._vocabulary = vocabulary
         self._max_output_tokens = max_output_tokens
+        self._drafting = drafting
         self._ids = itertools.count(secrets.randbelow(MOST_IDS) + 1)  # workers outlive engines: no id twice
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
         self._wake = threading.Condition()
         self._stopping = False
         self._failure: BaseException | None = None
@@ -196,7 +161,7 @@ class Engine:
 
     def _prepare(
         self, prompt: list[int], params: SamplingParams, on_chunk: OnChunk, defaults: SamplingDefaults
-    ) -> _Sequence:
+    ) -> Sequence:
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         bad = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
@@ -224,7 +189,7 @@ class Engine:
         except ValueError as error:
             raise RequestError(str(error), param="quality") from error
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_tokens)
-        return _Sequence(
+        return Sequence(
             id=RequestId(next(self._ids)),
             prompt=list(prompt),
             max_tokens=wanted if wanted is not None else room,
@@ -257,7 +222,7 @@ class Engine:
         self._end_all(EngineStoppedError(f"the engine stopped: {self._failure or 'shut down'}"))
 
     def step(self) -> bool:
-        """Decode one token of every running request, then admit waiting ones. Returns whether there was work."""
+        """One pass of every running request, then of waiting ones. Returns whether there was work."""
         self._drop_cancelled()
         for sequence in list(self._running):
             self._advance(sequence)
@@ -265,7 +230,7 @@ class Engine:
             self._advance(admitted)
         return bool(self._running or self._waiting)
 
-    def _next_admitted(self) -> _Sequence | None:
+    def _next_admitted(self) -> Sequence | None:
         with self._wake:
             if not self._waiting or len(self._running) >= self._config.max_running:
                 return None
@@ -275,34 +240,21 @@ class Engine:
             self._running.append(sequence)
             return sequence
 
-    def _kv_fits(self, sequence: _Sequence) -> bool:
+    def _kv_fits(self, sequence: Sequence) -> bool:
         """Whether the caches of all running requests and this one, grown to the full, stay in the budget."""
         if self._config.kv_memory is None or self._kv_per_token is None:
             return True
         tokens = sum(len(other.prompt) + other.max_tokens for other in (*self._running, sequence))
         return tokens * self._kv_per_token <= self._config.kv_memory
 
-    def _advance(self, sequence: _Sequence) -> None:
-        """One forward pass and one token of a request; an error ends this request only."""
+    def _advance(self, sequence: Sequence) -> None:
+        """One pass of a request, and the tokens that it makes; an error ends this request only."""
         try:
-            start = time.perf_counter()
             self.experts.alpha = self._alpha if sequence.alpha is None else sequence.alpha
             if sequence.state is None:
-                self.experts.begin(sequence.id, sequence.prompt, sequence.sampler.recipe)
-                logits, sequence.state = self._runner.prefill(sequence.prompt)
-                self._totals["prompt"] += len(sequence.prompt)
-                self._check_kv(sequence)
+                self._read_prompt(sequence)
             else:
-                self.experts.read(sequence.id, sequence.answer[-1], sequence.state)
-                logits = self._runner.decode(sequence.state, sequence.answer[-1])
-                took_s = time.perf_counter() - start
-                self._totals["decode_s"] += took_s
-                self._totals["steps"] += 1
-                self._follow_budget(sequence, took_s * len(self._running))
-            self._account(sequence)
-            token, logprob = sequence.sampler.choose(logits, sequence.prompt, sequence.answer)
-            self._totals["completion"] += 1
-            self._emit(sequence, token, logprob)
+                self._decode(sequence)
         except Exception as error:  # one request's failure must not take the others down
             log.exception("request %d failed", sequence.id)
             self._totals["failed"] += 1
@@ -310,13 +262,60 @@ class Engine:
             self.experts.take_cost()
             sequence.on_chunk(error)
 
-    def _account(self, sequence: _Sequence) -> None:
-        """What expert calls cost since the last time is this request's."""
-        cost = self.experts.take_cost()
+    def _read_prompt(self, sequence: Sequence) -> None:
+        if self._drafting is not None:
+            self._drafting.begin(sequence.id)
+        self.experts.begin(sequence.id, sequence.prompt, sequence.sampler.recipe)
+        logits_V, sequence.state = self._runner.prefill(sequence.prompt)
+        if self._drafting is not None and make_cuttable(sequence.state) is not None:
+            self._drafting.end(sequence.id)
+        self._totals["prompt"] += len(sequence.prompt)
+        self._check_kv(sequence)
+        self._account(sequence)
+        self._choose(sequence, logits_V.unsqueeze(0), [])
+
+    def _decode(self, sequence: Sequence) -> None:
+        """Read the last token, and drafts where there are any, as far as the answer may go on."""
+        start_s, last, state = time.perf_counter(), sequence.answer[-1], sequence.state
+        assert state is not None
+        room = sequence.max_tokens - len(sequence.answer) - 1
+        drafts = None if self._drafting is None else self._drafting.offer(sequence.id, last, room)
+        self.experts.read(sequence.id, last, state)
+        trial = None if drafts is None else self._runner.read(state, [last, *drafts])
+        logits_TV = self._runner.decode(state, last).unsqueeze(0) if trial is None else trial.logits_TV
+        took_s = time.perf_counter() - start_s
+        self._totals["decode_s"] += took_s
+        self._totals["steps"] += 1
+        self._follow_budget(sequence, took_s * len(self._running))
+        cost = self._account(sequence)
+        held = self._choose(sequence, logits_TV, drafts or [])
+        if self._drafting is not None and trial is not None and sequence.state is not None:
+            self._runner.keep(state, trial, 1 + held)
+            self._drafting.note(sequence.id, drafts or [], held, took_s, cost.loads)
+
+    def _choose(self, sequence: Sequence, logits_TV: torch.Tensor, drafts: list[int]) -> int:
+        """Choose and emit the token after each position, for as long as drafts hold; returns how many do."""
+        if drafts:
+            self._account(sequence, Routing(drafted=len(drafts)))
+        for place, logits_V in enumerate(logits_TV):
+            token, logprob = sequence.sampler.choose(logits_V, sequence.prompt, sequence.answer)
+            holds = drafts[place : place + 1] == [token]
+            if holds:  # counted before it is told, for it may be the last
+                self._account(sequence, Routing(accepted=1))
+            self._totals["completion"] += 1
+            self._emit(sequence, token, logprob)
+            if not holds or sequence.state is None or sequence.cancelled:
+                return place
+        raise AssertionError("nothing was guessed for the last position")
+
+    def _account(self, sequence: Sequence, cost: Routing | None = None) -> Routing:
+        """Something cost a request this; None: what expert calls cost since the last time."""
+        cost = self.experts.take_cost() if cost is None else cost
         sequence.routing += cost
         self._routing += cost
+        return cost
 
-    def _follow_budget(self, sequence: _Sequence, tpot_s: float) -> None:
+    def _follow_budget(self, sequence: Sequence, tpot_s: float) -> None:
         """Let alpha follow the budget; requests with an alpha of their own tell nothing about it."""
         if sequence.alpha is not None:
             return
@@ -324,7 +323,7 @@ class Engine:
             if self._control is not None:
                 self._alpha = self._control.update(self._alpha, tpot_s)
 
-    def _check_kv(self, sequence: _Sequence) -> None:
+    def _check_kv(self, sequence: Sequence) -> None:
         assert sequence.state is not None
         used = Runner.cache_bytes(sequence.state)
         self._kv_per_token = max(self._kv_per_token or 0, -(-used // len(sequence.prompt)))
@@ -337,7 +336,7 @@ class Engine:
                 param="max_tokens",
             )
 
-    def _emit(self, sequence: _Sequence, token: int, logprob: TokenLogprob | None) -> None:
+    def _emit(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         sequence.answer.append(token)
         ended = token in sequence.end_tokens
         text = "" if ended else sequence.text.push(token)
@@ -353,7 +352,7 @@ class Engine:
 
     def _finish(
         self,
-        sequence: _Sequence,
+        sequence: Sequence,
         reason: str,
         text: str,
         tokens: tuple[int, ...],
@@ -379,12 +378,14 @@ class Engine:
         for sequence in cancelled:
             self._finish(sequence, "cancelled", sequence.text.finish(), ())
 
-    def _remove(self, sequence: _Sequence) -> None:
+    def _remove(self, sequence: Sequence) -> None:
         with self._wake:
             if sequence in self._running:
                 self._running.remove(sequence)
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
+        if self._drafting is not None:
+            self._drafting.end(sequence.id)
         self.experts.end(sequence.id)
         sequence.state = None
 
@@ -394,5 +395,5 @@ class Engine:
             sequence.on_chunk(error)
 
     @staticmethod
-    def _kv_bytes(sequences: list[_Sequence]) -> int:
+    def _kv_bytes(sequences: list[Sequence]) -> int:
         return sum(Runner.cache_bytes(sequence.state) for sequence in sequences if sequence.state is not None)

@@ -8,17 +8,17 @@ T tokens, K experts per token, N experts of a plan.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from predictor.forecast import LayerForecast
-from predictor.shadow import is_due
 from raymoe.config import PredictorConfig
+from raymoe.engine.drafting import DraftBook
 from raymoe.model.kv import abilities, entries, pack
 from raymoe.model.runner import SequenceState
-from raymoe.transport.shadow import Begin, End, News, Plan, Token
+from raymoe.transport.shadow import Begin, Draft, End, FromShadow, News, Plan, Token
 from raymoe.types import Routing, SamplingRecipe, StepId
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class ShadowLink(Protocol):
         ...
 
     def receive(self, on_told: Any) -> None:
-        """Hand on every plan or forecast that has come; never waits."""
+        """Hand on every plan, forecast and draft that has come; never waits."""
         ...
 
 
@@ -55,6 +55,11 @@ class PlanBook:
         before = layers.get(plan.layer)
         if before is None or before.epoch <= plan.epoch:
             layers[plan.layer] = plan
+
+    def add(self, plan: Plan) -> None:
+        """Book a plan beside those of its epoch for the same layer: each position of a pass has one."""
+        before = self.plan(plan.step, plan.layer)
+        self.put(plan if before is None or before.epoch != plan.epoch else joined(before, plan))
 
     def plan(self, step: StepId, layer: int) -> Plan | None:
         """The plan for a layer of a step, if there is one so far."""
@@ -86,6 +91,18 @@ class PlanBook:
         return Routing(foretold=named, foretellable=pairs)
 
 
+def joined(first: Plan, second: Plan) -> Plan:
+    """Both plans of a layer of one step as one; an expert that both name is where the first has it."""
+    fresh_N = ~np.isin(second.experts_N, first.experts_N)
+    if not fresh_N.any():
+        return first
+    return replace(
+        first,
+        experts_N=np.concatenate([first.experts_N, second.experts_N[fresh_N]]),
+        workers_N=np.concatenate([first.workers_N, second.workers_N[fresh_N]]),
+    )
+
+
 @dataclass(slots=True)
 class _Followed:
     """A sequence that the shadow follows.
@@ -97,6 +114,7 @@ class _Followed:
         moves: of the link, when it was given them.
         recipe: by which its tokens are chosen; answer: how many of its tokens were.
         is_alignable: whether its cache keeps anything by position; None before it is known.
+        drafts: what the shadow guesses; reading: how many of them the next pass reads.
     """
 
     tokens: list[int]
@@ -106,6 +124,8 @@ class _Followed:
     recipe: SamplingRecipe | None
     answer: int = 0
     is_alignable: bool | None = None
+    drafts: DraftBook = field(default_factory=DraftBook)
+    reading: int = 0
 
 
 @dataclass
@@ -122,6 +142,7 @@ class Foresight:
         on_plan: told of each plan that comes from the shadow.
         on_forecast: told of each forecast that comes from a shadow which leaves plans to the engine.
         on_anew: told of a sequence that another shadow takes up, which makes all orders for it so far void.
+        coming: drafts that passes to come will read.
     """
 
     config: PredictorConfig | None = None
@@ -132,6 +153,7 @@ class Foresight:
     on_plan: Callable[[Plan], None] = lambda plan: None
     on_forecast: Callable[[LayerForecast], None] = lambda forecast: None
     on_anew: Callable[[int], None] = lambda sequence: None
+    coming: int = 0
     _followed: dict[int, _Followed] = field(default_factory=dict)
 
     def begin(self, sequence: int, prompt: Sequence[int], recipe: SamplingRecipe | None = None) -> None:
@@ -157,7 +179,30 @@ class Foresight:
                 self._begin(sequence, followed.tokens, followed.recipe, followed.answer)
             else:
                 self.link.tell(self._news(self.step, token, followed, state))
+            followed.reading = 0
         self.book.settle(sequence, position - SETTLED_AFTER)
+
+    def guesses(self, sequence: int, token: int, most: int) -> tuple[list[int], bool | None]:
+        """What the shadow takes for the tokens after ``token``, which the model reads next; see ``DraftSource``."""
+        followed = self._followed.get(sequence)
+        if followed is None or self.link is None or self.link.moves != followed.moves:
+            return [], None
+        self.link.receive(self._put)
+        position = len(followed.tokens)
+        held = followed.drafts.read(position, token)
+        return followed.drafts.after(position, most), held
+
+    def reads(self, sequence: int, drafts: Sequence[int]) -> None:
+        """The next pass reads these along."""
+        if sequence in self._followed:
+            self._followed[sequence].reading = len(drafts)
+
+    def accept(self, sequence: int, tokens: Sequence[int]) -> None:
+        """The model has chosen these, which it had read along."""
+        followed = self._followed.get(sequence)
+        if followed is not None:
+            followed.tokens += tokens
+            followed.answer += len(tokens)
 
     def end(self, sequence: int) -> None:
         """A sequence is finished."""
@@ -187,37 +232,43 @@ class Foresight:
         if self.step is not None and not self.in_prompt:
             self.book.needed(self.step, layer, experts_TK)
 
-    def _put(self, told: Plan | LayerForecast) -> None:
-        if told.step.sequence not in self._followed:
-            return  # it comes too late for a sequence that has ended
-        if isinstance(told, Plan):
-            self.book.put(told)
-            self.on_plan(told)
-        else:
+    def _put(self, told: FromShadow) -> None:
+        followed = self._followed.get(told.step.sequence)
+        if followed is None:  # it comes too late for a sequence that has ended
+            return
+        if isinstance(told, Draft):
+            followed.drafts.put(told.step.position, told.epoch, told.token)
+        elif isinstance(told, LayerForecast):
             self.on_forecast(told)
+        else:
+            self.book.add(told)
+            self.on_plan(told)
 
     def _news(self, step: StepId, token: int, followed: _Followed, state: SequenceState) -> Token:
         """The token, and where they are due the keys and values since they were last sent."""
         assert self.config is not None
-        every, start = self.config.kv_align_every, followed.unsent
-        due = is_due(every, step.position - followed.prompt) and start < step.position
+        start, prompt, every = followed.unsent, followed.prompt, self.config.kv_align_every
+        due = every > 0 and (step.position - prompt) // every > (start - prompt) // every
+        plain = Token(step=step, token=token, drafts=followed.reading, coming=self.coming)
         cache = state.kwargs.get("past_key_values")
         if followed.is_alignable is None:
             followed.is_alignable = bool(abilities(cache).alignable)
         if not due or cache is None or not followed.is_alignable:
-            return Token(step=step, token=token)
+            return plain
         try:
             mine = entries(cache, start, step.position)
         except ValueError:  # a window has moved on: these are lost, and a forecast is worth no request
             log.warning("keys and values from position %d on are gone", start, exc_info=True)
             followed.unsent = step.position
-            return Token(step=step, token=token)
+            return plain
         followed.unsent = step.position
-        return Token(step=step, token=token, start=start, count=mine.tokens, dtype=mine.dtype, entries=pack(mine))
+        return replace(plain, start=start, count=mine.tokens, dtype=mine.dtype, entries=pack(mine))
 
     def _begin(self, sequence: int, tokens: list[int], recipe: SamplingRecipe | None, answer: int = 0) -> None:
         """Give the shadow all tokens of a sequence so far, of which ``answer`` were chosen by the recipe."""
         if self.link is not None:
-            self.link.tell(Begin(sequence=sequence, tokens=tuple(tokens), recipe=recipe, first=answer))
+            self.link.tell(
+                Begin(sequence=sequence, tokens=tuple(tokens), recipe=recipe, first=answer, coming=self.coming)
+            )
         moves = self.link.moves if self.link is not None else 0
         self._followed[sequence] = _Followed(tokens, len(tokens), len(tokens), moves, recipe, answer)

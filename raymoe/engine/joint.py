@@ -23,7 +23,7 @@ import torch
 from predictor.forecast import Forecast, LayerForecast
 from predictor.history import HistoryForecast
 from raymoe.engine.cacheless import MOST_DECODE_TOKENS, CachelessScheduler
-from raymoe.engine.conductor import Conductor
+from raymoe.engine.conductor import Conductor, plan_of
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.foresight import Foresight
 from raymoe.engine.substitution import Decided, per_row, substitute
@@ -128,7 +128,8 @@ class JointConductor(Conductor):
         self._places.pop(sequence, None)
         self.alphas.pop(sequence, None)
 
-    def _hand_out(self, forecast: LayerForecast) -> tuple[np.ndarray, np.ndarray]:
+    def conduct(self, forecast: LayerForecast) -> Plan:
+        """Order what the joint plan wants in slots; returns who was told what."""
         layer, step = forecast.layer, forecast.step
         is_new = self._begin_epoch(forecast)
         rule = self.rules[layer] if self.rules else None
@@ -149,7 +150,9 @@ class JointConductor(Conductor):
         self._booked[layer][step] = plan.experts_N, plan.workers_N
         self._links.order(plan.workers_N[plan.loads_N])
         self.planned_away += plan.replaced
-        return plan.experts_N, plan.workers_N
+        for worker in np.unique(plan.workers_N).tolist():
+            self._order(worker, forecast, plan.experts_N[plan.workers_N == worker])
+        return plan_of(forecast, plan.experts_N, plan.workers_N)
 
     def _will_hold(self, layer: int, top_k: int) -> np.ndarray:
         """Bool [W, E]: what is in slots now, and what was ordered for this layer of other steps.

@@ -8,7 +8,7 @@ import logging
 import queue
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from raymoe.config import EMBEDDED_MODEL, ClusterConfig, SchedulingConfig
 from raymoe.engine.cacheless import CachelessScheduler
 from raymoe.engine.conductor import Conductor
 from raymoe.engine.dispatch import Dispatcher
+from raymoe.engine.drafting import Drafting
 from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
 from raymoe.engine.foresight import Foresight, ShadowLink
 from raymoe.engine.joint import JointScheduler
@@ -41,6 +42,7 @@ from raymoe.model.emulation_proof import attach_emulation
 from raymoe.model.fast import use_native_kernels
 from raymoe.model.runner import Runner
 from raymoe.model.sites import MoeSite, attach_sites
+from raymoe.model.trials import why_no_trials
 from raymoe.model.trunk import build_trunk, tokenizer_path
 from raymoe.observe.trace import MAIN, Recording, Tracer
 
@@ -109,6 +111,7 @@ class ModelService:
         text_config = checkpoint.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.runner = Runner(model, single_threaded_decode=native)
+        drafting, self._drafts = self._drafting(dispatcher, text_config.vocab_size)
         self._engine = Engine(
             self.runner,
             experts,
@@ -120,6 +123,7 @@ class ModelService:
             context=self.context,
             vocabulary=text_config.vocab_size,
             max_output_tokens=config.serving.max_output_tokens,
+            drafting=drafting,
         )
         self._engine.start()
 
@@ -136,6 +140,21 @@ class ModelService:
         if config.scheduling.policy == "joint":
             return JointScheduler(dispatcher, Foresight(config.predictor, link), similarity)
         return ExpertScheduler(dispatcher, config.scheduling, similarity=similarity, on_forecast=on_forecast)
+
+    def _drafting(self, dispatcher: Dispatcher, vocabulary: int) -> tuple[Drafting | None, str]:
+        """Who says which drafts are read along, if any are, and that in words."""
+        predictor, experts = self.config.predictor, self.experts
+        if predictor is None or not predictor.drafts or not isinstance(experts, CachelessScheduler):
+            return None, "off"
+        if isinstance(experts, JointScheduler):
+            return None, "off (policy joint plans one position at a time)"
+        reason = why_no_trials(self.runner)
+        if reason is not None:
+            log.warning("the model reads no drafts along: %s", reason)
+            return None, f"off ({reason})"
+        links = max(1, len(dispatcher.devices))
+        load_s = lambda: (dispatcher.load_s() or 0.0) / links  # noqa: E731 - a closure over two locals
+        return Drafting(experts.foresight, predictor.drafts, vocabulary, load_s), "on"
 
     def _attach_forecasts(self, model: PreTrainedModel) -> None:
         """Give the scheduler the forecasts that this process makes, where it has a use for them."""
@@ -253,7 +272,7 @@ class ModelService:
 
     def report(self) -> EngineReport:
         """Counts and totals of the engine."""
-        return self._engine.report()
+        return replace(self._engine.report(), drafts=self._drafts)
 
     def trace(self, on: bool) -> Recording | None:
         """Begin to record what the trunk does; or end it, which returns what was recorded. While no request runs."""

@@ -21,9 +21,9 @@ from raymoe.model.kv import KvEntries, unpack
 from raymoe.observe.trace import SHADOW, Recording, Tracer
 from raymoe.placement.assignment import Fleet
 from raymoe.transport.client import WorkerClient
-from raymoe.transport.shadow import Begin, End, News, ShadowServer, Token
+from raymoe.transport.shadow import Begin, Draft, End, News, ShadowServer, Token
 from raymoe.transport.sockets import Endpoint
-from raymoe.types import DeviceName
+from raymoe.types import DeviceName, StepId
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class ShadowHost:
 
     def __init__(self, model: ShadowModel, alignment: Alignment, server: ShadowServer, *, decides: bool = True) -> None:
         self.failure: BaseException | None = None
-        self.shadow = Shadow(model, alignment, self._on_forecast)
+        self.shadow = Shadow(model, alignment, self._on_forecast, on_draft=self._on_draft)
         self._model = model
         self._server = server
         self._decides = decides
@@ -122,7 +122,7 @@ class ShadowHost:
 
     def _take(self, news: News) -> None:
         if isinstance(news, Begin):
-            self.shadow.begin(news.sequence, [news.tokens], self._guess(news))
+            self.shadow.begin(news.sequence, [news.tokens], self._guess(news), coming=news.coming)
         elif isinstance(news, End):
             self.shadow.end(news.sequence)
             for device in self._devices:
@@ -130,7 +130,14 @@ class ShadowHost:
                 self._client.forget(device, news.sequence)
         else:
             entries = self._entries(news)
-            told = Told(position=news.step.position, tokens=(news.token,), entries=entries, start=news.start)
+            told = Told(
+                position=news.step.position,
+                tokens=(news.token,),
+                drafts=news.drafts,
+                coming=news.coming,
+                entries=entries,
+                start=news.start,
+            )
             self.shadow.tell(news.step.sequence, told)
 
     def _guess(self, news: Begin) -> Guess | None:
@@ -173,6 +180,10 @@ class ShadowHost:
         if watch is not None:
             watch.ordered()
 
+    def _on_draft(self, step: StepId, epoch: int, tokens: Rows) -> None:
+        if self.shadow.alignment.drafts:
+            self._server.send(Draft(step=step, epoch=epoch, token=tokens[0]))
+
 
 def alignment_of(config: PredictorConfig) -> Alignment:
     """How a configured shadow follows the model."""
@@ -180,6 +191,7 @@ def alignment_of(config: PredictorConfig) -> Alignment:
         token_every=config.token_align_every,
         kv_every=config.kv_align_every,
         run_ahead=RUN_AHEAD if config.run_ahead else 0,
+        drafts=config.drafts,
     )
 
 
@@ -192,5 +204,5 @@ def build_shadow_model(model: ModelConfig, config: PredictorConfig) -> ShadowMod
     torch.set_num_threads(config.threads or 1)
     dtype = "bfloat16" if config.bits == 16 else model.dtype
     checkpoint = open_checkpoint(model.source, dtype, trust_remote_code=model.trust_remote_code)
-    depth = RUN_AHEAD + 1 if config.run_ahead else 0
+    depth = (RUN_AHEAD + 1) * (config.drafts + 1) if config.run_ahead else 0  # positions of the passes in its reach
     return ShadowModel(checkpoint, QuantizedExperts(checkpoint, config.bits, device), device, depth=depth)

@@ -64,6 +64,7 @@ class WatchedScheduler:
 
     def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
         """The trunk has come to a layer's experts, and goes on when it has their outputs [T, K, H]."""
+        self._tokens = len(experts_TK)
         self._close("compute", "trunk", layer)
         output_TKH = self._backend.compute(layer, hidden_TH, experts_TK)
         self._close("wait", "experts", layer, tuple(experts_TK.unique().tolist()))

@@ -1,7 +1,7 @@
 """Slots that experts pass through: loaded as they were ordered ([O] OD-MoE), gone when used or no longer worth a slot.
 
-Orders come ahead of their calls, and in the order of use; so each load begins as soon as a slot is free, in turn, and
-several may be under way at once. What nobody ordered is loaded when a call asks for it, before all that was ordered.
+Orders come ahead of their calls and are taken in the order of use; so each load begins as soon as a slot is free, in
+turn, and several may be under way at once. What nobody ordered is loaded when a call asks for it, before all orders.
 The ``Timetable`` knows which order holds which expert; an expert in a slot that neither the call in hand nor an order
 claims leaves at once. So no decision is needed of whom to evict, but when a call finds no slot free (``_make_room``).
 
@@ -214,7 +214,7 @@ class Conveyor(Bay):
         held = [i for i in slot_of if self._timetable.holds(i) and i not in self._claimed]
         wrong = [i for i in held if self._timetable.is_wrong(i, *self._serving)]
         if wrong:
-            here_first = min(wrong, key=lambda i: (i in self._tickets, -due(i)))
+            here_first = max(wrong, key=lambda i: (i not in self._tickets, due(i)))
             self._timetable.drop(here_first)
             self._let_go(here_first)
         elif held and not self._cancelled and self._claimed.isdisjoint(slot_of):
@@ -272,8 +272,8 @@ class Conveyor(Bay):
             assert slot is not None, "an expert that is ready can leave"
             victim = residency.expert_in[slot]
         else:
-            soonest = next_use[after] if after is not None else -1
-            victim = max((i for i in idle if next_use[i] > soonest), key=next_use.__getitem__, default=None)
+            later = [i for i in idle if after is None or next_use[i] > next_use[after]]
+            victim = max(later, key=next_use.__getitem__, default=None)
         if victim is None:
             return False
         self._let_go(victim)

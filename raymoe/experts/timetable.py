@@ -1,8 +1,12 @@
-"""Load orders in the order in which they came, which is the order of use: which wait, and which hold a slot.
+"""Load orders in the order of use: which wait, and which hold a slot.
 
 Pure bookkeeping for the ``Conveyor``: no slots, no loads, no clock. A booking is one expert for one call to come. It
 waits until its turn comes, then holds its expert in a slot until that call has come, or it is void. Calls are places
-(position, layer) in their sequence, and come in that order.
+(position, layer) in their sequence, and come in that order; position is that of the first token that the pass reads.
+
+A pass that reads several positions is foretold position by position, but computed layer by layer. So turns go by
+places, not by arrival: what is ordered late for an early place goes before all later places of its sequence. Between
+sequences they go by arrival.
 """
 
 import bisect
@@ -20,17 +24,29 @@ MOST_SEQUENCES = 1024  # that are remembered, ended ones too, so that their last
 STALE_CALLS = 1024
 
 Place = tuple[int, int]
+Turn = tuple[int, Place, int]
 
 
 @dataclass(slots=True, eq=False)
 class Booking:
-    """One expert for one call to come; ``number`` counts bookings in the order in which they came."""
+    """One expert for one call to come.
+
+    Attributes:
+        number: counts bookings in the order in which they came.
+        rank: the number, or that of a booking for a later place of its sequence, if that is lower.
+    """
 
     identifier: int
     sequence: int
     place: Place
     epoch: int
     number: int
+    rank: int
+
+    @property
+    def turn(self) -> Turn:
+        """Its place among all bookings. Within a sequence turns follow places."""
+        return self.rank, self.place, self.number
 
 
 @dataclass(slots=True)
@@ -65,7 +81,7 @@ class Timetable:
     def __init__(self) -> None:
         self.late = 0
         self.refused = 0
-        self._waiting: OrderedDict[int, Booking] = OrderedDict()  # by number, in its order
+        self._waiting: list[Booking] = []  # by turn
         self._holding: dict[int, list[Booking]] = {}  # by expert
         self._courses: OrderedDict[int, Course] = OrderedDict()  # the one last heard of is last
         self._calls = 0
@@ -104,10 +120,7 @@ class Timetable:
             elif room <= 0:
                 self.refused += 1
             else:
-                self._number += 1
-                booking = Booking(identifier, sequence, place, order.epoch, self._number)
-                self._waiting[booking.number] = booking
-                bisect.insort(course.bookings, booking, key=_place)
+                self._book(course, identifier, order, place)
                 room -= 1
 
     def call(self, step: StepId | None, layer: int, identifiers: list[int]) -> None:
@@ -148,31 +161,32 @@ class Timetable:
 
     def next(self) -> int | None:
         """The expert whose turn it is, of those that wait."""
-        return next(iter(self._waiting.values())).identifier if self._waiting else None
+        return self._waiting[0].identifier if self._waiting else None
 
     def next_step(self) -> StepId | None:
         """The forward that will use it."""
-        booking = next(iter(self._waiting.values()), None)
-        return None if booking is None else StepId(sequence=booking.sequence, position=booking.place[0])
+        if not self._waiting:
+            return None
+        return StepId(sequence=self._waiting[0].sequence, position=self._waiting[0].place[0])
 
     def hold(self) -> None:
         """The booking whose turn it is holds its expert's slot from now on."""
-        _, booking = self._waiting.popitem(last=False)
+        booking = self._waiting.pop(0)
         self._holding.setdefault(booking.identifier, []).append(booking)
 
     def holds(self, identifier: int) -> bool:
         """Whether a booking holds the expert's slot."""
         return identifier in self._holding
 
-    def due(self, identifier: int) -> int:
-        """When the expert in a slot that is held will be used: the number of its first booking."""
-        return min(booking.number for booking in self._holding[identifier])
+    def due(self, identifier: int) -> Turn:
+        """When the expert in a slot that is held will be used: the turn of its first booking."""
+        return min(booking.turn for booking in self._holding[identifier])
 
-    def next_uses(self) -> dict[int, int]:
-        """When each ordered expert will be used next: the number of its first booking, in a slot or not."""
+    def next_uses(self) -> dict[int, Turn]:
+        """When each ordered expert will be used next: the turn of its first booking, in a slot or not."""
         uses = {identifier: self.due(identifier) for identifier in self._holding}
-        for number, booking in self._waiting.items():
-            uses[booking.identifier] = min(number, uses.get(booking.identifier, number))
+        for booking in self._waiting:
+            uses[booking.identifier] = min(booking.turn, uses.get(booking.identifier, booking.turn))
         return uses
 
     def is_wrong(self, identifier: int, step: StepId | None, layer: int) -> bool:
@@ -184,8 +198,8 @@ class Timetable:
 
     def put_back(self, identifier: int) -> None:
         """The expert loses its slot: its bookings wait again, in their places."""
-        self._waiting.update((booking.number, booking) for booking in self._holding.pop(identifier))
-        self._waiting = OrderedDict(sorted(self._waiting.items()))
+        for booking in self._holding.pop(identifier):
+            bisect.insort(self._waiting, booking, key=_turn)
 
     def drop(self, identifier: int) -> None:
         """The expert loses its slot, and its bookings are void."""
@@ -193,6 +207,21 @@ class Timetable:
             self._end(self._courses[booking.sequence], [booking])
 
     # --- inside -----------------------------------------------------------------------------------------
+
+    def _book(self, course: Course, identifier: int, order: LoadOrder, place: Place) -> None:
+        """One booking more of a course. Where its place has one for the expert already, that one stands for both.
+
+        But in a prompt (at position 0): its layers come in several calls, each of which has bookings of its own.
+        """
+        first = bisect.bisect_left(course.bookings, place, key=_place)
+        after = bisect.bisect_right(course.bookings, place, lo=first, key=_place)
+        if place[0] and any(booking.identifier == identifier for booking in course.bookings[first:after]):
+            return
+        self._number += 1
+        rank = min([self._number, *(booking.rank for booking in course.bookings[after : after + 1])])
+        booking = Booking(identifier, order.step.sequence, place, order.epoch, self._number, rank)
+        bisect.insort(self._waiting, booking, key=_turn)
+        course.bookings.insert(after, booking)
 
     def _hear(self, sequence: int) -> Course:
         """The course of a sequence that shows that it lives."""
@@ -218,7 +247,9 @@ class Timetable:
         if not gone:
             return
         for booking in (booking for booking in course.bookings if booking.number in gone):
-            if self._waiting.pop(booking.number, None) is not None:
+            at = bisect.bisect_left(self._waiting, booking.turn, key=_turn)
+            if at < len(self._waiting) and self._waiting[at] is booking:
+                del self._waiting[at]
                 self.late += 1
                 continue
             holding = self._holding[booking.identifier]
@@ -230,3 +261,7 @@ class Timetable:
 
 def _place(booking: Booking) -> Place:
     return booking.place
+
+
+def _turn(booking: Booking) -> Turn:
+    return booking.turn

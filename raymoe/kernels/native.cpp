@@ -223,19 +223,26 @@ void widen(const typename T::Storage* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i++) out[i] = T::get(x + i);
 }
 
+// x is [count, columns], out [count, rows]. Each group of four rows of weights is read from memory once and stays in the
+// first cache for all of x; the sums are those of a single row of x, bit by bit.
 template <class T>
 void linear(const typename T::Storage* w, const typename T::Storage* bias, const typename T::Storage* x,
-            typename T::Storage* out, int64_t rows, int64_t columns, float* wide, int threads) {
-  widen<T>(x, columns, wide);
+            typename T::Storage* out, int64_t rows, int64_t columns, int64_t count, float* wide, int threads) {
+  widen<T>(x, count * columns, wide);
   const int64_t blocks = (rows + kBlock - 1) / kBlock;
   parallel(blocks, threads, [=](int64_t block) {
-    float result[kBlock];
-    const int64_t from = block * kBlock, to = from + kBlock < rows ? from + kBlock : rows;
-    rows_times<T>(w, wide, columns, from, to, result);
-    for (int64_t row = from; row < to; row++) {
-      float v = result[row - from];
-      if (bias) v += T::get(bias + row);
-      out[row] = T::put(v);
+    const int64_t last = (block + 1) * kBlock < rows ? (block + 1) * kBlock : rows;
+    for (int64_t from = block * kBlock; from < last; from += 4) {
+      const int64_t to = from + 4 < last ? from + 4 : last;
+      for (int64_t i = 0; i < count; i++) {
+        float result[4];
+        rows_times<T>(w, wide + i * columns, columns, from, to, result);
+        for (int64_t row = from; row < to; row++) {
+          float v = result[row - from];
+          if (bias) v += T::get(bias + row);
+          out[i * rows + row] = T::put(v);
+        }
+      }
     }
   });
 }
@@ -601,7 +608,7 @@ int quantized_experts_of(int bits, Arguments... arguments) {
 
 extern "C" {
 
-int raymoe_abi() { return 5; }
+int raymoe_abi() { return 6; }
 
 void raymoe_attention_f32(const float* q, const float* k, const float* v, float* out, int64_t heads, int64_t kv_heads,
                           int64_t length, int64_t d, int64_t dv, const int64_t* strides, float scale, float* scratch,
@@ -616,13 +623,13 @@ void raymoe_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t*
 }
 
 void raymoe_linear_f32(const float* w, const float* bias, const float* x, float* out, int64_t rows, int64_t columns,
-                       float* scratch, int threads) {
-  linear<F32>(w, bias, x, out, rows, columns, scratch, threads);
+                       int64_t count, float* scratch, int threads) {
+  linear<F32>(w, bias, x, out, rows, columns, count, scratch, threads);
 }
 
 void raymoe_linear_bf16(const uint16_t* w, const uint16_t* bias, const uint16_t* x, uint16_t* out, int64_t rows,
-                        int64_t columns, float* scratch, int threads) {
-  linear<BF16>(w, bias, x, out, rows, columns, scratch, threads);
+                        int64_t columns, int64_t count, float* scratch, int threads) {
+  linear<BF16>(w, bias, x, out, rows, columns, count, scratch, threads);
 }
 
 void raymoe_experts_f32(const void* const* gate_up, const void* const* down, const int32_t* index, const float* x,

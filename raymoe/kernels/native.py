@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAG_SETS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
-ABI = 5
+ABI = 6
 THREADED_BYTES = 1 << 18  # below this many bytes of weights, waking threads costs more than they save
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -51,7 +51,7 @@ class NativeKernels:
         self._restore.restype = ctypes.c_int
         for dtype, suffix in SUFFIX.items():
             linear = getattr(library, f"raymoe_linear_{suffix}")
-            linear.argtypes = [pointer] * 4 + [number] * 2 + [pointer, ctypes.c_int]
+            linear.argtypes = [pointer] * 4 + [number] * 3 + [pointer, ctypes.c_int]
             linear.restype = None
             experts = getattr(library, f"raymoe_experts_{suffix}")
             experts.argtypes = [pointer] * 6 + [number] * 4 + [pointer, ctypes.c_int]
@@ -77,8 +77,12 @@ class NativeKernels:
         return dtype in SUFFIX and device.type == "cpu"
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        """``out[n] = weight[n, k] @ x[k] + bias[n]``; all contiguous, of one dtype, on the CPU."""
+        """``out[t, n] = weight[n, k] @ x[t, k] + bias[n]``; all contiguous, of one dtype, on the CPU.
+
+        A row of x gives the same bits alone and among others.
+        """
         rows, columns = weight.shape
+        count = x.numel() // columns
         self._linear[weight.dtype](
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
@@ -86,7 +90,8 @@ class NativeKernels:
             out.data_ptr(),
             rows,
             columns,
-            self._room(columns),
+            count,
+            self._room(count * columns),
             self.threads if weight.nbytes >= THREADED_BYTES else 1,
         )
 

@@ -1,8 +1,9 @@
 """Take small operations out of the trunk's decode step on a CPU.
 
-At one token a linear layer is a matrix-vector product, and a norm is eight tiny operations. Native kernels do
-each in one call. Modules keep their own forward for every other shape, so prefill and all architectures work
-as before. A norm is replaced only if, on random input, the kernel gives what the module gives.
+At one token, or a few where drafts are read along, a linear layer is little more than reading its weights, and a norm
+is eight tiny operations. Native kernels do each in one call. Modules keep their own forward for every other shape, so
+prefill and all architectures work as before. A norm is replaced only if, on random input, the kernel gives what the
+module gives.
 """
 
 import inspect
@@ -21,12 +22,13 @@ from raymoe.kernels.native import NativeKernels, load_native
 
 ATTENTION = "raymoe_sdpa"
 SPECIAL_ATTENTION = ("position_bias", "cache", "softcap")  # what sdpa knows beyond masks; the kernel does not
+MOST_ROWS = 9  # of a linear layer: a token and the most drafts
 MAX_NORM_ELEMENTS = 1 << 15  # one token's states and heads; more is prefill, where torch does well
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # relative, about an ulp of bfloat16
 
 
 def use_native_kernels(model: PreTrainedModel) -> int:
-    """Route one-token calls of linear layers, norms and attention through native kernels.
+    """Route calls of one token through native kernels: linear layers (of a few tokens too), norms and attention.
 
     Only exact ``nn.Linear`` modules, proven norms and ``sdpa`` attention on the CPU are touched. Returns how many
     modules were changed.
@@ -57,13 +59,13 @@ def takes_any_attention(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation == "sdpa" and by_name is None
 
 
-def replacement_for(module: nn.Module, kernels: NativeKernels) -> "OneRowLinear | SmallNorm | None":
+def replacement_for(module: nn.Module, kernels: NativeKernels) -> "FewRowsLinear | SmallNorm | None":
     """A fast forward for ``module``, or None where it keeps its own."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not kernels.supports(weight.dtype, weight.device):
         return None
     if type(module) is nn.Linear and weight.is_contiguous():
-        return OneRowLinear(module, kernels)
+        return FewRowsLinear(module, kernels)
     if type(module).__name__.endswith("RMSNorm") and weight.dim() == 1:
         return small_norm(module, kernels)
     return None
@@ -107,7 +109,7 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, one_token_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 
 
-class OneRowLinear:
+class FewRowsLinear:
     """Replaces a linear layer's forward."""
 
     def __init__(self, module: nn.Linear, kernels: NativeKernels) -> None:
@@ -118,7 +120,8 @@ class OneRowLinear:
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """The layer's output for ``input`` [..., in], as [..., out]."""
         weight, bias = self._module.weight, self._module.bias
-        if input.numel() != self._columns or input.dtype != weight.dtype:
+        rows = input.numel() // self._columns
+        if not 1 <= rows <= MOST_ROWS or input.shape[-1] != self._columns or input.dtype != weight.dtype:
             return nn.functional.linear(input, weight, bias)
         output = input.new_empty((*input.shape[:-1], weight.shape[0]))
         self._kernels.linear(input.contiguous(), weight, bias, output)

@@ -26,6 +26,21 @@ class SequenceState:
     length: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A pass that has read some tokens on trial.
+
+    Attributes:
+        logits_TV: after each of them, float32.
+        tokens: [1, T].
+        outputs: of the model; None where the tokens are kept already.
+    """
+
+    logits_TV: torch.Tensor
+    tokens: torch.Tensor
+    outputs: Any
+
+
 LONG_CONTEXT = 4096  # tokens from which attention of a single new token is worth torch's threads
 
 
@@ -108,6 +123,54 @@ class Runner:
             **self._keep_last,
         )
         return outputs.logits[0, -1].float()
+
+    # --- several tokens, of which some may not stay --------------------------------------------------------
+
+    @torch.inference_mode()
+    def read(self, state: SequenceState, tokens: list[int]) -> Trial:
+        """Run several more tokens in one pass of a sequence made ready by ``model.trials``; ``keep`` must follow.
+
+        Rows of one pass differ from tokens run alone by rounding: about 1e-6 of the logits in float32.
+        """
+        ids = torch.tensor([tokens], device=self.device)
+        if len(tokens) == 1:
+            return Trial(logits_TV=self.decode(state, tokens[0]).unsqueeze(0), tokens=ids, outputs=None)
+        with self._threads_for(state):
+            outputs = self._try_directly(state, ids) if self._direct else self._try(state, ids)
+        return Trial(logits_TV=outputs.logits[0, -len(tokens) :].float(), tokens=ids, outputs=outputs)
+
+    @torch.inference_mode()
+    def keep(self, state: SequenceState, trial: Trial, count: int) -> None:
+        """Keep the first ``count`` tokens of a trial, one at least, and forget the others. Mutates ``state``."""
+        cache = state.kwargs["past_key_values"]
+        read = trial.tokens.shape[1]
+        assert 1 <= count <= read, "the first token is no guess"
+        if trial.outputs is not None:
+            state.length += count
+            if not self._direct:
+                state.ids = torch.cat([state.ids, trial.tokens[:, :count]], dim=1)
+                update = self.model._update_model_kwargs_for_generation
+                state.kwargs = update(trial.outputs, state.kwargs, num_new_tokens=count)
+        cache.crop(count - read)  # 0 is for windows, which record what they would forget
+
+    def _try(self, state: SequenceState, ids: torch.Tensor) -> Any:
+        count = ids.shape[1]
+        kwargs = self.model._update_model_kwargs_for_generation({}, dict(state.kwargs), num_new_tokens=count - 1)
+        kwargs |= dict.fromkeys(self._keep_last, count)
+        everything = torch.cat([state.ids, ids], dim=1)
+        inputs = self.model.prepare_inputs_for_generation(everything, next_sequence_length=count, **kwargs)
+        return self.model(**inputs, return_dict=True)
+
+    def _try_directly(self, state: SequenceState, ids: torch.Tensor) -> Any:
+        count = ids.shape[1]
+        return self.model(
+            input_ids=ids,
+            position_ids=torch.arange(state.length, state.length + count, device=self.device).unsqueeze(0),
+            past_key_values=state.kwargs["past_key_values"],
+            use_cache=True,
+            return_dict=True,
+            **dict.fromkeys(self._keep_last, count),
+        )
 
     # --- several sequences of equal length ---------------------------------------------------------------
 

@@ -54,6 +54,8 @@ class EngineStats:
         decode_s: time spent in decode steps.
         refused_settings: why the last change of settings by Serve's ``user_config`` was not made.
         recall: share of the chosen experts that the predictor had named; None where there is none.
+        drafted, accepted: a shadow's tokens that were read along, and those that the model chose too.
+        drafts: whether any are: "on", or "off" and why the model can't.
     """
 
     model: str
@@ -79,6 +81,9 @@ class EngineStats:
     steps: int
     refused_settings: str | None = None
     recall: float | None = None
+    drafted: int = 0
+    accepted: int = 0
+    drafts: str = "off"
 
     @property
     def hit_rate(self) -> float:

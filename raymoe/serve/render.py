@@ -150,6 +150,8 @@ ROUTING_FIELDS = (
     "loads",
     "bytes_loaded",
     "recall",
+    "drafted",
+    "accepted",
 )
 """What an answer tells of its ``Routing``."""
 

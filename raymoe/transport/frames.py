@@ -20,7 +20,7 @@ from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder
 from raymoe.types import StepId
 
 MAGIC = b"RMOE"
-VERSION = 3
+VERSION = 4
 # magic, version, kind, dtype, reserved, request, layer, rows, pairs, hidden, a, b, c, d, e, f, big
 HEADER = struct.Struct("<4sBBBBQIIIIIIIIIIQ")
 TIMES = struct.Struct("<ff")  # seconds per load, 0 where unknown; seconds of computing
@@ -46,6 +46,7 @@ class Kind(IntEnum):
     TOKEN = 21
     END = 22
     PLAN = 23
+    DRAFT = 24
     FORETOLD = 25
 
 

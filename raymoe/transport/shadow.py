@@ -1,4 +1,4 @@
-"""The way between engine and shadow: tokens and KV entries go there, plans or forecasts come back.
+"""The way between engine and shadow: tokens and KV entries go there; plans or forecasts, and drafts, come back.
 
 Plans where the shadow itself tells workers what to load, forecasts with scores where the engine decides.
 
@@ -29,6 +29,7 @@ from raymoe.transport.sockets import (
 from raymoe.types import SamplingRecipe, StepId
 
 MOST_TOKENS = 1 << 20  # of a prompt
+MOST_DRAFTS = 64  # that one pass reads; a configuration allows fewer
 RECIPE = struct.Struct("<Qq6d")  # the fields of a SamplingRecipe in their order
 
 
@@ -38,19 +39,23 @@ class Begin:
 
     Attributes:
         recipe: by which its next tokens are chosen, the first with ``first`` as its number; None: greedily.
+        coming: drafts that the first passes will read at most.
     """
 
     sequence: int
     tokens: tuple[int, ...]
     recipe: SamplingRecipe | None = None
     first: int = 0
+    coming: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """The model is about to read ``token`` at ``step.position``.
+    """The model is about to read ``token`` at ``step.position``, and drafts at the positions after it.
 
     Attributes:
+        drafts: of the shadow that this pass reads along.
+        coming: drafts that the passes to come will read, as far as is known now.
         start: first position of the keys and values that come along; count: of how many positions, 0 for none.
         entries: their bytes, in ``dtype``, as ``raymoe.model.kv`` packs them.
     """
@@ -58,6 +63,8 @@ class Token:
     step: StepId
     token: int
     start: int = 0
+    drafts: int = 0
+    coming: int = 0
     count: int = 0
     dtype: torch.dtype = torch.float32
     entries: Buffer = b""
@@ -86,10 +93,23 @@ class Plan:
     workers_N: np.ndarray
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """The shadow takes ``token`` for the one that the model will read at ``step.position``.
+
+    Attributes:
+        epoch: a draft of a later one makes void what earlier ones said of its position and those after it.
+    """
+
+    step: StepId
+    epoch: int
+    token: int
+
+
 News = Begin | Token | End
 """What the engine tells."""
 
-Told = Plan | LayerForecast
+FromShadow = Plan | LayerForecast | Draft
 """What the shadow tells."""
 
 
@@ -106,6 +126,7 @@ def pack_news(news: News) -> Message:
             b=len(tokens),
             c=int(news.recipe is not None),
             d=news.first,
+            e=news.coming,
         )
         return [header.pack(), tokens.data, recipe]
     if isinstance(news, End):
@@ -119,6 +140,8 @@ def pack_news(news: News) -> Message:
         c=news.token,
         d=news.start,
         e=news.count,
+        rows=news.drafts,
+        pairs=news.coming,
         big=len(memoryview(news.entries).cast("B")) if news.count else 0,
     )
     return [header.pack(), news.entries] if news.count else [header.pack()]
@@ -135,7 +158,8 @@ def parse_news(header: Header, body: Sequence[Buffer], limits: Limits) -> News:
             raise FrameError("token ids can't be negative")
         names = SamplingRecipe.__dataclass_fields__
         recipe = SamplingRecipe(**dict(zip(names, RECIPE.unpack(frames[1]), strict=True))) if header.c else None
-        return Begin(sequence=header.a, tokens=tuple(tokens.tolist()), recipe=recipe, first=header.d)
+        _check_drafts(header.e, 0)
+        return Begin(sequence=header.a, tokens=tuple(tokens.tolist()), recipe=recipe, first=header.d, coming=header.e)
     if header.kind is Kind.END:
         exact_frames(body, [], limits)
         return End(sequence=header.a)
@@ -143,15 +167,23 @@ def parse_news(header: Header, body: Sequence[Buffer], limits: Limits) -> News:
         raise FrameError(f"{header.kind.name} does not belong on the shadow's socket")
     if bool(header.e) != bool(header.big) or header.d + header.e > header.b:
         raise FrameError(f"keys and values of {header.e} positions from {header.d} on, before position {header.b}")
+    _check_drafts(header.rows, header.pairs)
     frames = exact_frames(body, [header.big] if header.e else [], limits)
     return Token(
         step=StepId(sequence=header.a, position=header.b),
         token=header.c,
+        drafts=header.rows,
+        coming=header.pairs,
         start=header.d,
         count=header.e,
         dtype=header.dtype,
         entries=frames[0] if frames else b"",
     )
+
+
+def _check_drafts(drafts: int, coming: int) -> None:
+    if max(drafts, coming) > MOST_DRAFTS:
+        raise FrameError(f"{drafts:,} drafts now and {coming:,} to come; allowed are {MOST_DRAFTS}")
 
 
 def pack_plan(plan: Plan) -> Message:
@@ -230,6 +262,44 @@ def parse_foretold(header: Header, body: Sequence[Buffer], limits: Limits) -> La
     return LayerForecast(step=step, epoch=header.c, layer=header.layer, experts_TK=experts_TK, scores_TE=scores_TE)
 
 
+def pack_draft(draft: Draft) -> Message:
+    """A message to the engine."""
+    header = Header(
+        kind=Kind.DRAFT,
+        dtype=torch.float32,
+        request=0,
+        a=draft.step.sequence,
+        b=draft.step.position,
+        c=draft.epoch,
+        d=draft.token,
+    )
+    return [header.pack()]
+
+
+def parse_draft(header: Header, body: Sequence[Buffer], limits: Limits) -> Draft:
+    """The draft in a message. Whether there is such a token, only the engine knows."""
+    if header.kind is not Kind.DRAFT:
+        raise FrameError(f"{header.kind.name} is no draft")
+    exact_frames(body, [], limits)
+    return Draft(step=StepId(sequence=header.a, position=header.b), epoch=header.c, token=header.d)
+
+
+def pack_from_shadow(told: FromShadow) -> Message:
+    """A message to the engine."""
+    if isinstance(told, Draft):
+        return pack_draft(told)
+    return pack_foretold(told) if isinstance(told, LayerForecast) else pack_plan(told)
+
+
+def parse_from_shadow(header: Header, body: Sequence[Buffer], limits: Limits, workers: int) -> FromShadow:
+    """What the shadow told. Raises FrameError for what is malformed."""
+    if header.kind is Kind.DRAFT:
+        return parse_draft(header, body, limits)
+    if header.kind is Kind.FORETOLD:
+        return parse_foretold(header, body, limits)
+    return parse_plan(header, body, limits, workers)
+
+
 class ShadowServer:
     """The shadow's end. Used by one thread.
 
@@ -264,13 +334,12 @@ class ShadowServer:
                 wait_s = 0.0
         return None
 
-    def send(self, told: Told) -> None:
+    def send(self, told: FromShadow) -> None:
         """Tell the engine that spoke last."""
         if self._peer is None:
             return
         try:
-            message = pack_plan(told) if isinstance(told, Plan) else pack_foretold(told)
-            self._socket.send_multipart([self._peer, *message], flags=zmq.NOBLOCK)
+            self._socket.send_multipart([self._peer, *pack_from_shadow(told)], flags=zmq.NOBLOCK)
         except zmq.ZMQError:  # it does not keep up, or is gone
             self.dropped += 1
 
@@ -322,8 +391,8 @@ class ShadowClient:
         except zmq.Again:
             self.dropped += 1
 
-    def receive(self, on_told: Callable[[Any], None]) -> None:
-        """Hand on every plan or forecast that has come. Never waits."""
+    def receive(self, on_told: Callable[[FromShadow], None]) -> None:
+        """Hand on everything that has come, in order. Never waits."""
         self._connect()
         socket = self._socket
         while socket is not None:
@@ -333,16 +402,12 @@ class ShadowClient:
                 return
             try:
                 buffers = [frame.buffer for frame in frames]
-                told = self._parse(parse_header(buffers[0], self._limits), buffers[1:])
+                header = parse_header(buffers[0], self._limits)
+                told = parse_from_shadow(header, buffers[1:], self._limits, self._workers)
             except FrameError:
                 self.dropped += 1
                 continue
             on_told(told)
-
-    def _parse(self, header: Header, body: Sequence[Buffer]) -> Told:
-        if header.kind is Kind.FORETOLD:
-            return parse_foretold(header, body, self._limits)
-        return parse_plan(header, body, self._limits, self._workers)
 
     def close(self) -> None:
         """Close the connection."""

@@ -51,6 +51,27 @@ def test_an_order_says_what_it_is_for() -> None:
     assert (order.step, order.epoch, order.layer, order.experts.dtype) == (STEP, 6, 3, np.int32)
 
 
+def test_several_forecasts_for_a_layer_of_one_pass_add_up() -> None:
+    conducting, sent = conductor(fleet(workers=2, group_size=2))
+    first = conducting.conduct(forecast([[5, 3]]))
+    sent.clear()
+    second = conducting.conduct(forecast([[3, 7, 5, 1]]))
+    where = dict(zip(first.experts_N.tolist(), first.workers_N.tolist(), strict=True))
+    found = dict(zip(second.experts_N.tolist(), second.workers_N.tolist(), strict=True))
+    assert {expert: found[expert] for expert in where} == where, "what was ordered stays where it is"
+    assert sorted(expert for _, order in sent for expert in order.experts.tolist()) == [1, 7], "each is ordered once"
+    assert sorted(found.values()) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("other", [{"epoch": 3}, {"layer": 2}])
+def test_other_layers_and_epochs_are_ordered_anew(other: dict[str, int]) -> None:
+    conducting, sent = conductor(fleet())
+    conducting.conduct(forecast([[5, 3]]))
+    sent.clear()
+    conducting.conduct(forecast([[5, 3]], **other))
+    assert sorted(expert for _, order in sent for expert in order.experts.tolist()) == [3, 5]
+
+
 def test_the_plan_says_who_was_told_what() -> None:
     conducting, sent = conductor(fleet())
     plan = conducting.conduct(forecast([[5, 3, 7]], layer=1, epoch=6))

@@ -452,3 +452,18 @@ def test_the_configuration_page_is_up_to_date() -> None:
     docs = Path(__file__).parents[2] / "docs"
     page = runpy.run_path(str(docs / "generate_configuration.py"))["page"]()
     assert (docs / "configuration.md").read_text() == page, "run python docs/generate_configuration.py"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "gate"}, "they need kind 'shadow', not 'gate'; change it, or set drafts 0"),
+        ({"run_ahead": False}, "they need run_ahead True, not False"),
+        ({"token_align_every": 2}, "they need token_align_every 1, not 2"),
+        ({"drafts": 9}, "less than or equal to 8"),
+    ],
+)
+def test_drafts_need_a_shadow_that_is_ahead_and_aligned(fields: dict[str, Any], message: str) -> None:
+    raw = {"scheduling": {"policy": "on_demand_shadow"}, "predictor": {"drafts": 4, **fields}}
+    with pytest.raises(ConfigError, match=message):
+        ClusterConfig.parse(raw)

@@ -384,6 +384,73 @@ def test_an_order_for_the_next_part_of_a_layer_is_not_late() -> None:
     assert loader.started == [(1, ON_DEMAND), (1, PREFETCH), (2, PREFETCH)]
 
 
+def test_turns_within_a_sequence_go_by_layers_and_not_by_arrival() -> None:
+    conveyor, loader = make(slots=1)
+    order(conveyor, [1], position=4, layer=0)
+    order(conveyor, [2], position=4, layer=1)
+    order(conveyor, [3], position=4, layer=2)
+    for layer in range(LAYERS):  # the pass reads a second position
+        order(conveyor, [4], position=4, layer=layer)
+    for layer in range(LAYERS):
+        assert call(conveyor, [1 + layer, 4], layer=layer, step=step_id(4)) == sorted([1 + layer, 4])
+        finish_all(conveyor, loader)
+    begun = [identifier for identifier, priority in loader.started if priority == PREFETCH]
+    layers = [identifier >> 16 for identifier in begun]
+    assert len(layers) == LAYERS and layers == sorted(layers), "the other half was loaded on demand, in one slot"
+    assert all_is_over(conveyor)
+
+
+def test_an_expert_that_two_positions_of_a_pass_need_is_booked_once() -> None:
+    conveyor, loader = make(slots=2)
+    order(conveyor, [1, 2], position=4)
+    order(conveyor, [2, 3], position=4)
+    finish_all(conveyor, loader)
+    assert len(conveyor._timetable) == 3
+    assert call(conveyor, [1, 2, 3], step=step_id(4)) == [1, 2, 3]
+    assert all_is_over(conveyor)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)),
+        max_size=40,
+    )
+)
+def test_turns_follow_places_within_a_sequence(
+    orders: list[tuple[int, int, int, int]],
+) -> None:
+    table = timetable.Timetable()
+    for sequence, position, layer, expert in orders:
+        named = LoadOrder(step=step_id(position, sequence), epoch=0, layer=layer, experts=np.array([expert], np.int32))
+        table.order(named, [expert_id(layer, expert)])
+    assert len(table) == len(set(orders)), "each expert once per place"
+    turns: dict[int, list[tuple[int, int]]] = {1: [], 2: []}
+    while (identifier := table.next()) is not None:
+        step = table.next_step()
+        assert step is not None
+        turns[step.sequence].append((step.position, identifier >> 16))
+        table.hold()
+    assert all(places == sorted(places) for places in turns.values())
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, EXPERTS - 1)), max_size=40))
+def test_orders_that_come_in_the_order_of_use_are_taken_as_they_came(orders: list[tuple[int, int]]) -> None:
+    table = timetable.Timetable()
+    calls = dict.fromkeys(range(1, 4), LAYERS)
+    expected = []
+    for sequence, expert in orders:
+        position, layer = divmod(calls[sequence], LAYERS)
+        calls[sequence] += 1
+        named = LoadOrder(step=step_id(position, sequence), epoch=0, layer=layer, experts=np.array([expert], np.int32))
+        table.order(named, [expert_id(layer, expert)])
+        expected.append(expert_id(layer, expert))
+    taken = []
+    while (identifier := table.next()) is not None:
+        taken.append(identifier)
+        table.hold()
+    assert taken == expected
+
+
 def test_a_higher_epoch_makes_void_what_lower_ones_ordered_from_its_step_on() -> None:
     conveyor, loader = make(slots=3)
     order(conveyor, [1], position=4)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from raymoe.config import PredictorConfig
-from raymoe.engine.foresight import SETTLED_AFTER, Foresight, PlanBook
+from raymoe.engine.foresight import SETTLED_AFTER, Foresight, PlanBook, joined
 from raymoe.model.kv import align, entries, unpack
 from raymoe.model.runner import SequenceState
-from raymoe.transport.shadow import Begin, End, Plan, Token
+from raymoe.transport.shadow import Begin, Draft, End, Plan, Token
 from raymoe.types import Routing, SamplingRecipe, StepId
 from tests.links import FakeLink
 
@@ -116,6 +116,41 @@ def test_what_was_forgotten_was_needed_all_the_same() -> None:
     book.put(plan(5, [1], epoch=0))
     book.settle(1, 6)
     assert book.take().recall == 1.0, "a lower epoch of another shadow counts"
+
+
+def test_plans_of_one_pass_add_up_and_a_later_epochs_stands_alone() -> None:
+    book = PlanBook()
+    for experts in ([1, 2], [2, 3], [1]):
+        book.add(plan(5, experts))
+    kept = book.plan(step(5), 0)
+    assert kept is not None and kept.experts_N.tolist() == [1, 2, 3]
+    book.needed(step(5), 0, np.array([[1, 9], [3, 2]]))
+    book.settle(1, 6)
+    assert book.take().recall == 0.75
+    book.add(plan(7, [1], epoch=1))
+    book.add(plan(7, [2], epoch=0))
+    book.add(plan(7, [4], epoch=2))
+    kept = book.plan(step(7), 0)
+    assert kept is not None and kept.experts_N.tolist() == [4]
+
+
+pairs = st.dictionaries(st.integers(0, 7), st.integers(0, 3), max_size=6)
+
+
+@given(pairs, pairs)
+def test_joined_plans_name_each_expert_once_where_the_first_has_it(
+    first: dict[int, int], second: dict[int, int]
+) -> None:
+    def plan_of(workers: dict[int, int]) -> Plan:
+        named = plan(5, list(workers))
+        return Plan(
+            step=named.step, epoch=0, layer=0, experts_N=named.experts_N,
+            workers_N=np.array(list(workers.values()), dtype=np.int32),
+        )  # fmt: skip
+
+    both = joined(plan_of(first), plan_of(second))
+    assert len(both.experts_N) == len(first | second)
+    assert dict(zip(both.experts_N.tolist(), both.workers_N.tolist(), strict=True)) == second | first
 
 
 positions = st.integers(0, 8)
@@ -280,6 +315,88 @@ def test_a_prompt_is_not_foretold() -> None:
     assert foresight.plan(0) is None
     foresight.end(1)
     assert foresight.book.take() == Routing()
+
+
+# --- drafts -----------------------------------------------------------------------------------------------
+
+
+def draft(position: int, token: int, *, epoch: int = 0, sequence: int = 1) -> Draft:
+    return Draft(step=step(position, sequence), epoch=epoch, token=token)
+
+
+def test_guesses_are_offered_where_the_token_was_guessed_too() -> None:
+    link = FakeLink()
+    foresight = foresight_of(link)
+    foresight.begin(1, [10, 11])
+    link.coming = [draft(2, 20), draft(3, 21), draft(4, 22)]
+    assert foresight.guesses(1, 20, 8) == ([21, 22], True)
+    link.coming = [draft(2, 20), draft(3, 21)]
+    assert foresight.guesses(1, 99, 8) == ([], False)
+    assert foresight.guesses(1, 99, 8) == ([], None)
+    assert foresight.guesses(7, 20, 8) == ([], None), "a sequence that never began"
+
+
+def test_a_pass_is_told_with_the_drafts_it_reads_and_keys_and_values_of_all_that_were_accepted() -> None:
+    link = FakeLink()
+    foresight, model = foresight_of(link), Decoding(2)
+    foresight.coming = 3
+    foresight.begin(1, [10, 11])
+    foresight.coming = 2
+    foresight.reads(1, [21, 22])
+    follow(foresight, model, [20])
+    model.read(2)
+    foresight.accept(1, [21, 22])
+    foresight.reads(1, [])
+    foresight.coming = 1
+    follow(foresight, model, [23])
+    begun, first, second = link.told
+    assert isinstance(begun, Begin) and begun.coming == 3
+    assert isinstance(first, Token) and (first.drafts, first.coming, first.count) == (2, 2, 0)
+    assert isinstance(second, Token) and (second.drafts, second.coming) == (0, 1)
+    assert (second.step.position, second.start, second.count) == (5, 2, 3)
+    sent = unpack(second.entries, second.count, second.dtype)
+    assert torch.equal(sent.flat, entries(model.cache, 2, 5).flat)
+    assert foresight.step == step(5)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4])
+@given(held=st.lists(st.integers(0, 4), max_size=12))
+def test_entries_of_passes_of_any_length_are_sent_once_and_never_later_than_due(every: int, held: list[int]) -> None:
+    link = FakeLink()
+    foresight, model = foresight_of(link, kv_align_every=every), Decoding(2)
+    foresight.begin(1, [10, 11])
+    for count in held:
+        follow(foresight, model, [20])
+        model.read(count)
+        foresight.accept(1, [21] * count)
+    sent = 2
+    for position, start, count in spans(link):
+        assert start == (sent if count else 0)
+        sent += count
+        assert position - sent < every
+
+
+def test_another_shadow_hears_of_accepted_drafts_as_of_all_other_tokens() -> None:
+    link = FakeLink()
+    foresight, model = foresight_of(link), Decoding(1)
+    foresight.begin(1, [10], RECIPE)
+    follow(foresight, model, [20])
+    foresight.accept(1, [21, 22])
+    link.moves += 1
+    assert foresight.guesses(1, 23, 8) == ([], None)
+    link.told.clear()
+    follow(foresight, model, [23])
+    assert link.told == [Begin(sequence=1, tokens=(10, 20, 21, 22, 23), recipe=RECIPE, first=4)]
+
+
+def test_drafts_of_another_sequence_or_of_one_that_has_ended_are_no_ones() -> None:
+    link = FakeLink()
+    foresight = foresight_of(link)
+    for sequence in (1, 2):
+        foresight.begin(sequence, [10])
+    foresight.end(2)
+    link.coming = [draft(1, 20), draft(2, 21, sequence=2), draft(2, 31)]
+    assert foresight.guesses(1, 20, 8) == ([31], True)
 
 
 # --- another shadow -------------------------------------------------------------------------------------

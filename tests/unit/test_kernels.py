@@ -11,7 +11,7 @@ from predictor.quantize import matrix_form
 from raymoe.experts.compute import WeightTable
 from raymoe.kernels import native
 from raymoe.kernels.native import NativeKernels, load_native
-from raymoe.model.fast import OneRowLinear, SmallNorm, small_norm
+from raymoe.model.fast import MOST_ROWS, FewRowsLinear, SmallNorm, small_norm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -133,10 +133,22 @@ def test_a_norm_that_does_something_else_keeps_its_own_forward(kernels: NativeKe
     assert small_norm(OtherNorm(48, torch.float32, 0.0), kernels) is None
 
 
-def test_more_than_one_row_takes_the_modules_own_way(kernels: NativeKernels) -> None:
+def test_many_rows_take_the_modules_own_way(kernels: NativeKernels) -> None:
     module = nn.Linear(16, 8).requires_grad_(False)
-    x = random(3, 16, dtype=torch.float32)
-    assert torch.equal(OneRowLinear(module, kernels)(x), module(x))
+    for shape in ((MOST_ROWS + 1, 16), (2, MOST_ROWS, 16), (0, 16)):
+        x = random(*shape, dtype=torch.float32)
+        assert torch.equal(FewRowsLinear(module, kernels)(x), module(x))
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
+def test_a_row_of_few_has_the_bits_that_it_has_alone(kernels: NativeKernels, dtype: torch.dtype, rows: int) -> None:
+    module = nn.Linear(40, 71).to(dtype).requires_grad_(False)
+    x = random(1, rows, 40, dtype=dtype)
+    linear = FewRowsLinear(module, kernels)
+    together = linear(x)
+    assert together.shape == (1, rows, 71) and close(together, module(x), dtype)
+    assert torch.equal(together, torch.cat([linear(x[:, row : row + 1]) for row in range(rows)], dim=1))
 
 
 @pytest.fixture

@@ -49,6 +49,8 @@ COST = {
     "loads": 2,
     "bytes_loaded": 200,
     "recall": 0.5,
+    "drafted": 0,
+    "accepted": 0,
 }
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "routing": COST}
 ANSWER = [

@@ -69,8 +69,9 @@ def shadow_of(model: CountingModel, **alignment: int) -> tuple[Shadow, list[Laye
     return Shadow(model, Alignment(**alignment), forecasts.append), forecasts  # type: ignore[arg-type]
 
 
-def told(position: int, token: int, entries: int = 0, start: int = 0) -> Told:
-    return Told(position=position, tokens=(token,), entries=Entries(entries) if entries else None, start=start)  # type: ignore[arg-type]
+def told(position: int, token: int, entries: int = 0, start: int = 0, *, drafts: int = 0, coming: int = 0) -> Told:
+    kept: Any = Entries(entries) if entries else None
+    return Told(position=position, tokens=(token,), drafts=drafts, coming=coming, entries=kept, start=start)
 
 
 def work(shadow: Shadow, steps: int = 50) -> None:
@@ -237,6 +238,86 @@ def test_a_sequence_may_end_in_the_middle_of_its_step() -> None:
     shadow.begin(1, [[10]])
     work(shadow)
     assert model.cache == {}
+
+
+# --- drafts ---------------------------------------------------------------------------------------------------
+
+
+def drafts_of(model: CountingModel, **alignment: int) -> tuple[Shadow, list[LayerForecast], list[tuple[int, int, int]]]:
+    """A shadow, its forecasts, and (position, epoch, token) of its guesses."""
+    guesses: list[tuple[int, int, int]] = []
+    shadow, forecasts = shadow_of(model, **alignment)
+    shadow.on_draft = lambda step, epoch, tokens: guesses.append((step.position, epoch, tokens[0]))
+    return shadow, forecasts, guesses
+
+
+def passes_of(forecasts: list[LayerForecast]) -> list[tuple[int, int]]:
+    """(first position of the pass, token) of each step."""
+    return [(pass_, token) for pass_, _, token in read(forecasts)]
+
+
+def test_each_guess_is_told_with_its_place_and_epoch() -> None:
+    shadow, _, guesses = drafts_of(CountingModel(), run_ahead=2)
+    shadow.begin(1, [[10]])
+    work(shadow)
+    assert guesses == [(1, 0, 11), (2, 0, 12), (3, 0, 13)]
+    shadow.tell(1, told(1, 40))
+    work(shadow)
+    assert guesses[3:] == [(2, 1, 41), (3, 1, 42), (4, 1, 43)]
+
+
+def test_a_token_that_was_told_before_it_could_be_guessed_is_no_guess() -> None:
+    shadow, _, guesses = drafts_of(CountingModel(), run_ahead=0)
+    shadow.begin(1, [[10]])
+    shadow.tell(1, told(1, 11))
+    work(shadow)
+    assert guesses == [(2, 0, 12)]
+
+
+def test_forecasts_are_labelled_by_the_pass_that_will_read_them() -> None:
+    shadow, forecasts, _ = drafts_of(CountingModel(), run_ahead=2)
+    shadow.begin(1, [[10]], coming=2)
+    work(shadow)
+    assert passes_of(forecasts) == [(1, 11), (1, 12), (1, 13), (4, 14), (4, 15), (4, 16)]
+
+
+def test_the_pass_in_hand_is_as_long_as_was_told_and_those_after_it_as_was_said() -> None:
+    shadow, forecasts, _ = drafts_of(CountingModel(), run_ahead=2)
+    shadow.begin(1, [[10]], coming=0)
+    shadow.step()
+    shadow.tell(1, told(1, 11, drafts=2, coming=1))
+    work(shadow)
+    assert passes_of(forecasts) == [(1, 11), (1, 12), (1, 13), (4, 14), (4, 15), (6, 16), (6, 17)]
+
+
+def test_a_draft_that_does_not_hold_begins_a_new_epoch_and_a_new_pass() -> None:
+    model = CountingModel()
+    shadow, forecasts, guesses = drafts_of(model, run_ahead=1)
+    shadow.begin(1, [[10]], coming=2)
+    work(shadow)
+    shadow.tell(1, told(1, 11, drafts=2, coming=2))
+    work(shadow)
+    before = len(forecasts)
+    shadow.tell(1, told(2, 50, drafts=0, coming=1))  # the first draft was wrong
+    work(shadow)
+    assert read(forecasts[before:]) == [(2, 1, 50), (3, 1, 51), (3, 1, 52)]
+    assert model.cache[1] == [10, 11, 50, 51, 52]
+    assert guesses[-3:] == [(3, 1, 51), (4, 1, 52), (5, 1, 53)]
+
+
+def test_several_accepted_drafts_cost_nothing() -> None:
+    model = CountingModel()
+    shadow, forecasts, _ = drafts_of(model, run_ahead=1)
+    shadow.begin(1, [[10]], coming=2)
+    work(shadow)
+    shadow.tell(1, told(1, 11, drafts=2, coming=2))
+    work(shadow)
+    shadow.tell(1, told(4, 14, entries=3, start=1, drafts=2, coming=2))
+    work(shadow)
+    assert shadow.counts.wasted == 0 and model.aligned == [(1, 3)]
+    assert (shadow.counts.guesses, shadow.counts.right) == (4, 4), "two were read along, and two were told"
+    assert [epoch for _, epoch, _ in read(forecasts)] == [0] * 9
+    assert model.cache[1] == list(range(10, 20))
 
 
 def test_alignment_is_due_with_its_period() -> None:

@@ -5,7 +5,8 @@ The second half uses real ZeroMQ sockets on loopback, with CURVE, inside this pr
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from predictor.forecast import LayerForecast
 from raymoe.errors import FrameError
 from raymoe.transport.frames import DTYPES, HEADER, Header, Kind, Limits, Message, parse_header
 from raymoe.transport.shadow import (
+    MOST_DRAFTS,
     MOST_TOKENS,
     Begin,
+    Draft,
     End,
     News,
     Plan,
@@ -28,9 +31,12 @@ from raymoe.transport.shadow import (
     ShadowServer,
     Token,
     pack_foretold,
+    pack_from_shadow,
     pack_news,
     pack_plan,
+    parse_draft,
     parse_foretold,
+    parse_from_shadow,
     parse_news,
     parse_plan,
 )
@@ -64,6 +70,7 @@ begins = st.builds(
     tokens=st.lists(st.integers(0, INT32), min_size=1, max_size=20).map(tuple),
     recipe=st.none() | recipes,
     first=sequences,
+    coming=st.integers(0, MOST_DRAFTS),
 )
 ends = st.builds(End, sequence=sequences)
 
@@ -73,12 +80,14 @@ def tokens(draw: st.DrawFn) -> Token:
     position = draw(st.integers(0, UINT32))
     step = StepId(sequence=draw(sequences), position=position)
     token, dtype = draw(st.integers(0, UINT32)), draw(st.sampled_from(DTYPES))
+    drafts, coming = draw(st.integers(0, MOST_DRAFTS)), draw(st.integers(0, MOST_DRAFTS))
+    plain = Token(step=step, token=token, dtype=dtype, drafts=drafts, coming=coming)
     if position == 0 or draw(st.booleans()):
-        return Token(step=step, token=token, dtype=dtype)
+        return plain
     start = draw(st.integers(0, position - 1))
     count = draw(st.integers(1, position - start))
     entries = draw(st.binary(min_size=1, max_size=64))
-    return Token(step=step, token=token, start=start, count=count, dtype=dtype, entries=entries)
+    return replace(plain, start=start, count=count, entries=entries)
 
 
 @st.composite
@@ -105,6 +114,9 @@ def forecasts(draw: st.DrawFn) -> LayerForecast:
         experts_TK=np.stack([random.permutation(experts)[:top_k] for _ in range(rows)]),
         scores_TE=random.random((rows, experts), dtype=np.float32),
     )
+drafts = st.builds(
+    Draft, step=st.builds(StepId, sequence=sequences, position=sequences), epoch=sequences, token=sequences
+)
 
 
 def plan(position: int = 3, epoch: int = 0) -> Plan:
@@ -144,6 +156,7 @@ def test_tokens_survive_the_round_trip_with_their_entries(token: Token) -> None:
     parsed = read_news(wire(pack_news(token)))
     assert isinstance(parsed, Token)
     assert (parsed.step, parsed.token, parsed.dtype) == (token.step, token.token, token.dtype)
+    assert (parsed.drafts, parsed.coming) == (token.drafts, token.coming)
     assert (parsed.start, parsed.count, bytes(parsed.entries)) == (token.start, token.count, bytes(token.entries))
 
 
@@ -180,11 +193,21 @@ def test_indices_of_any_integer_type_become_int32() -> None:
     assert shown(read_plan(wire(pack_plan(wide)))) == shown(plan())
 
 
+@given(drafts | plans())
+def test_what_the_shadow_tells_survives_the_round_trip(told: Draft | Plan) -> None:
+    frames = wire(pack_from_shadow(told))
+    parsed = parse_from_shadow(parse_header(frames[0], LIMITS), frames[1:], LIMITS, WORKERS)
+    if isinstance(told, Draft):
+        assert parsed == told
+    else:
+        assert isinstance(parsed, Plan) and shown(parsed) == shown(told)
+
+
 # --- malformed frames -----------------------------------------------------------------------------------
 
 
 def check_parsers(frames: list[bytes]) -> None:
-    """Both parsers either understand the message, within its bounds, or raise FrameError."""
+    """All parsers either understand the message, within its bounds, or raise FrameError."""
     try:
         header = parse_header(frames[0], LIMITS) if frames else None
     except FrameError:
@@ -197,6 +220,7 @@ def check_parsers(frames: list[bytes]) -> None:
         assert not isinstance(news, Begin) or (4 * len(news.tokens) <= received and min(news.tokens) >= 0)
         assert not isinstance(news, Token) or news.start + news.count <= news.step.position
         assert not isinstance(news, Token) or len(news.entries) <= received
+        assert not isinstance(news, Token) or max(news.drafts, news.coming) <= MOST_DRAFTS
     except FrameError:
         pass
     try:
@@ -213,12 +237,15 @@ def check_parsers(frames: list[bytes]) -> None:
         assert all(0 <= e < foretold.scores_TE.shape[1] for e in foretold.experts_TK.reshape(-1).tolist())
     except FrameError:
         pass
+    with suppress(FrameError):
+        parse_draft(header, frames[1:], LIMITS)
 
 
 messages = st.one_of(
     (begins | ends | tokens()).map(lambda news: wire(pack_news(news))),
     plans().map(lambda plan: wire(pack_plan(plan))),
     forecasts().map(lambda forecast: wire(pack_foretold(forecast))),
+    drafts.map(lambda draft: wire(pack_from_shadow(draft))),
 )
 
 
@@ -282,6 +309,9 @@ def header(kind: Kind, **fields: int) -> bytes:
         ([header(Kind.TOKEN, b=4, d=3, e=1, big=8), bytes(7)], r"buffers of \[7\] bytes, expected \[8\]"),
         ([header(Kind.TOKEN, b=4, d=3, e=1, big=1 << 40), b""], "the limit is 65,536"),
         ([header(Kind.TOKEN, b=4), bytes(8)], r"buffers of \[8\] bytes, expected \[\]"),
+        ([header(Kind.TOKEN, b=4, rows=64, pairs=65)], "64 drafts now and 65 to come; allowed are 64"),
+        ([header(Kind.BEGIN, b=1, e=65), bytes(4), b""], "65 drafts now and 0 to come; allowed are 64"),
+        ([header(Kind.DRAFT)], "DRAFT does not belong on the shadow's socket"),
     ],
 )
 def test_what_is_wrong_with_news_is_named(frames: list[bytes], message: str) -> None:
@@ -326,6 +356,13 @@ NAN = np.full(2, np.nan, np.float32).tobytes()
 def test_what_is_wrong_with_a_forecast_is_named(frames: list[bytes], message: str) -> None:
     with pytest.raises(FrameError, match=message):
         read_foretold(frames)
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [([header(Kind.PLAN)], "PLAN is no draft"), ([header(Kind.DRAFT), b"x"], r"buffers of \[1\] bytes, expected \[\]")],
+)
+def test_what_is_wrong_with_a_draft_is_named(frames: list[bytes], message: str) -> None:
+    with pytest.raises(FrameError, match=message):
+        parse_draft(parse_header(frames[0], LIMITS), frames[1:], LIMITS)
 
 
 # --- sockets --------------------------------------------------------------------------------------------
@@ -419,6 +456,18 @@ def test_forecasts_come_back_too(server: ShadowServer, client: ShadowClient) -> 
     received: Any = plan_from(client)
     assert isinstance(received, LayerForecast) and (received.step, received.epoch, received.layer) == (step, 2, 1)
     assert (received.experts_TK.tolist(), received.scores_TE.tolist()) == ([[1]], [[0.25, 0.75]])
+def test_drafts_and_plans_come_in_order(server: ShadowServer, client: ShadowClient) -> None:
+    client.tell(End(sequence=1))
+    assert server.receive(TIMEOUT_S) == End(sequence=1)
+    guessed = [Draft(step=StepId(sequence=1, position=p), epoch=0, token=p) for p in (3, 4)]
+    for told in (guessed[0], plan(), guessed[1]):
+        server.send(told)
+    received: list[Any] = []
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(received) < 3 and time.monotonic() < deadline:
+        client.receive(received.append)
+        time.sleep(1e-3)
+    assert [received[0], received[2]] == guessed and shown(received[1]) == shown(plan())
 
 
 def test_nothing_to_hear_is_none_at_once(server: ShadowServer, client: ShadowClient) -> None:

@@ -25,6 +25,7 @@ from raymoe.transport.frames import (
     HEADER,
     MAX_TEXT_BYTES,
     TIMES,
+    VERSION,
     Header,
     Kind,
     Limits,
@@ -310,7 +311,7 @@ def test_a_damaged_body_is_refused_or_stays_within_its_bounds(call: ExpertCall, 
 
 def header_with(**fields: int) -> bytes:
     values = {
-        "magic": b"RMOE", "version": 3, "kind": 1, "dtype": 0, "reserved": 0, "request": 1, "layer": 0, "rows": 1,
+        "magic": b"RMOE", "version": VERSION, "kind": 1, "dtype": 0, "reserved": 0, "request": 1, "layer": 0, "rows": 1,
         "pairs": 1, "hidden": 1, "a": 0, "b": 0, "c": 0, "d": 0, "e": 0, "f": 0, "big": 0,
     } | fields  # fmt: skip
     return HEADER.pack(*values.values())
@@ -322,7 +323,7 @@ def header_with(**fields: int) -> bytes:
         (b"", "a header has 64 bytes, this frame has 0"),
         (b"x" * 55, "a header has 64 bytes, this frame has 55"),
         (header_with(magic=b"HTTP"), "wrong magic"),
-        (header_with(version=9), "frame version 9, expected 3: all nodes must run the same raymoe release"),
+        (header_with(version=9), "frame version 9, expected 4: all nodes must run the same raymoe release"),
         (header_with(kind=0), "unknown message kind 0"),
         (header_with(kind=200), "unknown message kind 200"),
         (header_with(dtype=3), "unknown dtype code 3"),
