@@ -1,7 +1,8 @@
 """``python -m benchmarks.predictor``: how well predictors foretell routing, on the embedded model in float32.
 
 Recall by kind, precision, alignment and output index, on held-out text and on what the model says itself. Writes
-tables, JSON, and with ``--figures`` the plots. ``--quick`` measures the named figures only. Nothing is timed.
+tables, JSON, and with ``--figures`` the plots. ``--quick`` measures the named figures only. Recall is not timed; part
+``cheaper`` also tells what a step of a shadow costs that leaves out some of its work.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from rich.console import Console
 from benchmarks.harness import Figure, report
 from benchmarks.predicting import tables
 from benchmarks.predicting.bench import Bench, OnStep
+from benchmarks.predicting.cheap_part import cheaper
 from benchmarks.predicting.tables import Measured
 from benchmarks.predicting.variants import Variant, aligned, alignments, others, periods, unaligned_kv
 from benchmarks.scheduling.setup import DOMAINS
@@ -35,15 +37,23 @@ def main() -> None:
     console = Console(width=max(120, Console().width))
     bench = Bench()
     settings: dict[str, object] = {
-        "held_out_texts": QUICK_ROWS if options.quick else options.rows,
+        "held_out_texts": options.rows,
         "alignment_texts": options.free_rows,
         "period_texts": options.sweep_rows,
         "tokens_of_each": options.steps,
         "tokens_of_each_for_periods": options.steps // 2,
     }
+    figures = recalls(bench, options, console, settings) if options.part != "cheaper" else []
+    if options.part != "recall":
+        figures += cheaper(bench, options, console, settings, told("cheaper shadows", console))
+    report("shadows, aligned at each step, on held-out text", figures, settings, options.json)
+
+
+def recalls(bench: Bench, options: argparse.Namespace, console: Console, settings: dict[str, object]) -> list[Figure]:
+    """What predictors of all kinds know; nothing is timed."""
     named = [Variant(bits=bits) for bits in ASKED]
     if options.quick:
-        held_out = measure("held-out text", named, bench.held_out, QUICK_ROWS, options.steps, console)
+        held_out = measure("held-out text", named, bench.held_out, options.rows, options.steps, console)
     else:
         kinds = [*aligned(), *others(), *unaligned_kv()]
         held_out = measure("held-out text", kinds, bench.held_out, options.rows, options.steps, console)
@@ -56,13 +66,13 @@ def main() -> None:
         if options.figures:
             draw(held_out, free, swept, options.figures)
     settings["held_out"] = tables.as_list(held_out)
-    figures = [figure_of(*ASKED[variant.bits], held_out[variant]) for variant in named]
-    report("recall of shadows, aligned at each step, on held-out text", figures, settings, options.json)
+    return [figure_of(*ASKED[variant.bits], held_out[variant]) for variant in named]
 
 
 def arguments() -> argparse.Namespace:
     """From the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("recall", "cheaper", "all"), default="all", help="what to measure")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--figures", type=Path, help="write plots into this directory")
     parser.add_argument("--quick", action="store_true", help="the named figures only, over fewer tokens: a minute")
@@ -72,7 +82,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--free-rows", type=int, default=12, help="generated texts that alignments are compared on")
     parser.add_argument("--sweep-rows", type=int, default=8, help="generated texts that periods are compared on")
     parser.add_argument("--steps", type=int, default=512, help="tokens of each text; for periods half as many")
+    parser.add_argument(
+        "--synthetic-bytes",
+        type=int,
+        default=1_000_000_000,
+        help="size of the synthetic checkpoint that steps are timed on; 0: none",
+    )
     options = parser.parse_args()
+    if options.quick:
+        options.rows = QUICK_ROWS
     if options.rows < len(DOMAINS) or options.rows % len(DOMAINS):
         parser.error(f"--rows is {options.rows}, which is no multiple of the {len(DOMAINS)} domains of the text")
     if options.steps < LEAST_STEPS:
@@ -82,13 +100,18 @@ def arguments() -> argparse.Namespace:
 
 def measure(title: str, variants: list[Variant], run: Run, rows: int, steps: int, console: Console) -> Measured:
     """Run the model once with all of these beside it."""
+    return dict(zip(variants, run(variants, rows, steps, told(title, console)), strict=True))
+
+
+def told(title: str, console: Console) -> OnStep:
+    """Says now and then how far it is."""
     began = time.monotonic()
 
     def on_step(done: int, of: int) -> None:
         if done % 64 == 0 or done == of:
             console.print(f"[dim]{title}: {done} of {of} steps, {time.monotonic() - began:.0f} s[/dim]")
 
-    return dict(zip(variants, run(variants, rows, steps, on_step), strict=True))
+    return on_step
 
 
 def figure_of(name: str, asked: float, recall: Recall) -> Figure:

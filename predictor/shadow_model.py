@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
+from predictor.thinning import Thinning
 from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.errors import FrameError
 from raymoe.model.fast import use_native_kernels
@@ -43,17 +44,28 @@ class ShadowModel:
         checkpoint: in the precision of the trunk.
         experts: its routed experts, in theirs.
         depth: steps that may have to be taken back.
+        thinning: what decode steps leave out; nothing where omitted.
 
     Attributes:
         on_routed: told of each layer's routing while a forward runs.
         nbytes: of all its weights.
     """
 
-    def __init__(self, checkpoint: Checkpoint, experts: Experts, device: torch.device, *, depth: int = 0) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        experts: Experts,
+        device: torch.device,
+        *,
+        depth: int = 0,
+        thinning: Thinning | None = None,
+    ) -> None:
         self.on_routed: OnRouted = lambda layer, experts_TK, scores_TE: None
         self.nbytes = checkpoint.trunk_bytes + experts.nbytes
         self._experts = experts
         self._depth = depth
+        self._thinning = thinning or Thinning()
+        self._in_prompt = False
         self._states: dict[int, tuple[SequenceState, Rewind]] = {}
         self._has_told = False
         self._routers: list[Router] = []
@@ -67,22 +79,30 @@ class ShadowModel:
     def route(
         self, layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The router's own choice, which is told."""
+        """The router's own choice, which is told, as far as it is to be computed."""
         if not self._routers:  # they are being looked for
             return experts_TK, weights_TK
         chosen_TK = experts_TK.cpu().numpy()
         self.on_routed(layer, chosen_TK, self._routers[layer].scores_or_weights(chosen_TK, weights_TK))
-        return experts_TK, weights_TK
+        if self._in_prompt:
+            return experts_TK, weights_TK
+        return self._thinning.kept(layer, experts_TK, weights_TK)
 
     def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
         """Unweighted output of every chosen expert for every token, [T, K, H]."""
+        if not experts_TK.shape[1]:
+            return hidden_TH.new_zeros((len(hidden_TH), 0, hidden_TH.shape[1]))
         return self._experts.compute(layer, hidden_TH, experts_TK)
 
     # --- sequences --------------------------------------------------------------------------------------
 
     def prefill(self, sequence: int, rows: list[tuple[int, ...]]) -> torch.Tensor:
         """Read prompts of equal length; returns the logits [B, vocabulary] after each."""
-        logits_BV, state = self._runner.start([list(row) for row in rows])
+        self._in_prompt = True
+        try:
+            logits_BV, state = self._runner.start([list(row) for row in rows])
+        finally:
+            self._in_prompt = False
         self._states[sequence] = state, Rewind(state, self._depth)
         if not self._has_told:
             self._has_told = True

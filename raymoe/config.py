@@ -11,6 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from raymoe.errors import ConfigError
+from raymoe.presets import SHADOW_PRESETS
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-moe"
 """The small trained checkpoint that ships with the package."""
@@ -44,6 +45,17 @@ def within(low: float, high: float) -> AfterValidator:
 
 
 Alpha = Annotated[float, within(0, 1)]
+
+
+def parse_layers(value: Any) -> Any:
+    """A number of layers, or the numbers of some: refuse all else."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(number, bool) or not isinstance(number, int) or number < 0 for number in numbers):
+        raise ValueError(f"is {value!r}; allowed is how many layers, or a list of their numbers such as [5, 7]")
+    return value
+
+
+Layers = Annotated[int | tuple[int, ...], BeforeValidator(parse_layers)]
 
 
 class StrictModel(BaseModel):
@@ -271,6 +283,7 @@ class UserConfig(StrictModel):
 
 
 PredictorKind = Literal["shadow", "gate", "resident", "history"]
+ShadowPreset = Literal["exact", "balanced", "light"]
 
 
 class PredictorConfig(StrictModel):
@@ -282,8 +295,24 @@ class PredictorConfig(StrictModel):
         "current state; resident: the layer in hand by its resident experts (local devices only); history: what the "
         "token was routed to before.",
     )
+    preset: ShadowPreset | None = Field(
+        None,
+        description="How cheap the shadow is: fills bits, top_k and skip_layers where they are not "
+        "given. exact: 8 bits; balanced: 4; light: 4, best 2 experts of a token. docs/benchmarks.md compares them.",
+    )
     bits: Literal[16, 8, 4, 3, 2] = Field(
         8, description="Precision of the shadow's routed experts; its trunk keeps the model's. 16: bfloat16 throughout."
+    )
+    top_k: int | None = Field(
+        None,
+        ge=1,
+        description="Experts of a token that the shadow computes, at most: those that weigh most. Its forecasts name "
+        "all that the router chose. Omitted: all of them.",
+    )
+    skip_layers: Layers = Field(
+        0,
+        description="MoE layers in which the shadow computes no routed experts: a list of their numbers, or so many "
+        "from the last on. Their routing is foretold as well.",
     )
     token_align_every: int = Field(
         1, ge=0, description="Steps after which the shadow takes over the model's token; 0: never, it follows its own."
@@ -317,6 +346,19 @@ class PredictorConfig(StrictModel):
                     f"drafts are what a shadow takes for the model's next tokens: they need {field} {value!r}, not "
                     f"{getattr(self, field)!r}; change it, or set drafts 0"
                 )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        preset = data.get("preset") if isinstance(data, dict) else None
+        return {**SHADOW_PRESETS[preset], **data} if isinstance(preset, str) and preset in SHADOW_PRESETS else data
+
+    @model_validator(mode="after")
+    def _only_a_shadow_is_thinned(self) -> "PredictorConfig":
+        given = [name for name in ("preset", "top_k", "skip_layers") if getattr(self, name)]
+        if given and self.kind != "shadow":
+            raise ValueError(f'{given[0]} is of kind "shadow", not "{self.kind}": remove it, or change the kind')
         return self
 
 
@@ -442,8 +484,11 @@ def parse_options(model: type[Options], options: dict[str, Any]) -> Options:
         return model.model_validate(options)
     except ValidationError as error:
         first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # options that do not go together: the message names them
+            raise ConfigError(message) from error
         option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"{option}: {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}") from error
+        raise ConfigError(f"{option}: {message}, not {first['input']!r}") from error
 
 
 def describe(error: ValidationError) -> str:

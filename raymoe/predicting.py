@@ -31,7 +31,22 @@ def evaluate(
         str | None, typer.Argument(metavar="MODEL", help="Directory or hub id; omitted: the embedded model.")
     ] = None,
     kind: Annotated[str, typer.Option(help="shadow, gate or history.")] = "shadow",
-    bits: Annotated[int, typer.Option(help="Precision of a shadow's experts: 16, 8, 4, 3 or 2.")] = 8,
+    preset: Annotated[
+        str | None, typer.Option(help="How cheap a shadow is: exact, balanced or light. Sets the next three.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Precision of a shadow's experts: 16, 8, 4, 3 or 2.", show_default="8")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts of a token that a shadow computes.", show_default="all")
+    ] = None,
+    skip_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers whose experts a shadow leaves out: a list such as [5,7], or how many from the last on.",
+            show_default="none",
+        ),
+    ] = None,
     token_align_every: Annotated[int, typer.Option(help="Steps between token alignments of a shadow; 0: never.")] = 1,
     kv_align_every: Annotated[int, typer.Option(help="Steps between KV alignments of a shadow; 0: never.")] = 1,
     ahead: Annotated[int, typer.Option(min=1, max=8, help="Layers that kind gate looks ahead.")] = 1,
@@ -47,8 +62,10 @@ def evaluate(
     """
     from raymoe.config import ModelConfig, PredictorConfig, parse_options
 
-    options = {"kind": kind, "bits": bits, "token_align_every": token_align_every, "kv_align_every": kv_align_every}
-    config = parse_options(PredictorConfig, options)
+    options = {"kind": kind, "token_align_every": token_align_every, "kv_align_every": kv_align_every}
+    cost = {"preset": preset, "bits": bits, "top_k": top_k, "skip_layers": layers_given(skip_layers)}
+    given = {name: value for name, value in cost.items() if value is not None}
+    config = parse_options(PredictorConfig, options | given)
     source = parse_options(ModelConfig, {"path": model, "dtype": dtype})
     if length < LEAST_LENGTH:
         raise ConfigError(f"--length is {length}; at least {LEAST_LENGTH} are needed, for the first tokens are easy")
@@ -107,6 +124,14 @@ def measure(
         following = sampled if written is None else forced([row[PREFIX:] for row in rows])
         parts.append(main.evaluate(predictor, [row[:PREFIX] for row in rows], following, steps, on_step))
     return joined(parts)
+
+
+def layers_given(text: str | None) -> Any:
+    """What an option says of layers; text that is neither number nor list is left to the configuration to refuse."""
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError:
+        return text
 
 
 def summary(recall: "Recall") -> dict[str, Any]:

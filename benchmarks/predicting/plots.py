@@ -1,5 +1,6 @@
 """Plots of the benchmark of predictors, as PNGs for the docs."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -8,8 +9,11 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks.predicting.cheaper import Measured as Cheaper
+from benchmarks.predicting.cheaper import front
 from benchmarks.predicting.tables import INDICES, Measured, swept
 from benchmarks.predicting.variants import PERIODS, PRECISIONS, SWEPT, Variant, bits_name, period_name
 from raymoe.engine.evaluate import Recall
@@ -18,6 +22,7 @@ COLOURS = {16: "#3b6fb6", 8: "#d97b29", 4: "#4a9c5d", 3: "#a04a8c", 2: "#8a6d3b"
 PERIOD_COLOURS = ("#1f3d66", "#3b6fb6", "#7aa5d8", "#d9a441", "#c0392b", "#8c8c8c")
 MARKERS = ("o-", "s-", "^-")
 MISSED_TICKS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # shares of experts, on an axis of logarithms
+LEAST_MISSED = 0.001  # nothing missed has no place on that axis
 
 
 def by_index(measured: Measured, path: Path) -> None:
@@ -90,6 +95,46 @@ def by_kind(measured: Measured, path: Path) -> None:
     for side in (bars_axes, axes):
         _tidy(side, percent=side is axes)
     _save(figure, path)
+
+
+def cheaper(measured: Sequence[Cheaper], presets: Mapping[Variant, str], path: Path) -> None:
+    """Recall, and accepted drafts, over the experts that a step reads; the front as a line, presets by name."""
+    figure, all_axes = plt.subplots(1, 2, figsize=(12, 4.8), sharex=True)
+    known = {"recall": lambda item: item.quality.recall.mean, "same token at temperature 1": _accepted}
+    for axes, (title, worth) in zip(all_axes, known.items(), strict=True):
+        best = [measured[index] for index in front([(item.read_bytes / 1e3, worth(item)) for item in measured])]
+        axes.plot(
+            [item.read_bytes / 1e3 for item in best],
+            [max(1 - worth(item), LEAST_MISSED) for item in best],
+            color="#bbbbbb",
+            zorder=1,
+        )
+        for item in measured:
+            variant = item.variant
+            marker = "s" if variant.skipped else "v^<"[variant.top_k - 1] if variant.top_k in (1, 2, 3) else "o"
+            place = item.read_bytes / 1e3, max(1 - worth(item), LEAST_MISSED)
+            axes.scatter(*place, color=COLOURS[variant.bits], marker=marker, s=36, zorder=2)
+            if variant in presets:
+                axes.annotate(presets[variant], place, textcoords="offset points", xytext=(7, 5), fontsize=9)
+        axes.set(title=title, xlabel="kB of experts read per step", yscale="log")
+        axes.invert_yaxis()
+        _tidy(axes)
+        axes.yaxis.set_major_locator(FixedLocator(MISSED_TICKS))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda missed, place: _percent(round(1 - missed, 6), place)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    kinds = {"all experts": "o", "best 3": "<", "best 2": "^", "best 1": "v", "layers without": "s"}
+    handles = [
+        Line2D([], [], marker=marker, color="#4d4d4d", linestyle="", label=name) for name, marker in kinds.items()
+    ]
+    handles += [
+        Line2D([], [], marker="o", color=COLOURS[bits], linestyle="", label=bits_name(bits)) for bits in PRECISIONS
+    ]
+    all_axes[0].legend(handles=handles, frameon=False, fontsize=8, ncols=2, loc="upper left")
+    _save(figure, path)
+
+
+def _accepted(item: Cheaper) -> float:
+    return item.quality.sampled
 
 
 def _colour(variant: Variant) -> str:

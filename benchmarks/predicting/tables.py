@@ -1,11 +1,15 @@
 """Tables and JSON of what was measured."""
 
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.predicting.cheaper import Measured as Cheaper
+from benchmarks.predicting.cheaper import on_front
 from benchmarks.predicting.variants import (
     PERIODS,
     PRECISIONS,
@@ -103,6 +107,8 @@ def describe(variant: Variant) -> dict[str, object]:
             "bits": variant.bits,
             "token_align_every": variant.token_every,
             "kv_align_every": variant.kv_every,
+            "top_k": variant.top_k,
+            "skip_layers": list(variant.skipped),
         }
     return {"kind": variant.kind} | ({"ahead": variant.ahead} if variant.kind == "gate" else {})
 
@@ -119,3 +125,50 @@ def figures(recall: Recall) -> dict[str, object]:
         "by_layer": [None if math.isnan(value) else value for value in recall.by_layer().tolist()],
         f"by_{INDICES}_output_indices": curve_of(recall).tolist(),
     }
+
+
+def cheaper(console: Console, measured: Sequence[Cheaper], names: Mapping[Variant, str]) -> None:
+    """What each variant knows and costs; ``names`` are those of presets."""
+    best = on_front(measured)
+    slowest = measured[0].median_ms
+    table = Table(title="cheaper shadows on held-out text; a step of one token in ms of processor time")
+    for column in ("shadow", "recall", "same likeliest", "same drawn", "ms", "of the first", "experts read", "front"):
+        table.add_column(column, justify="left" if column == "shadow" else "right")
+    for item in measured:
+        name = names.get(item.variant)
+        low, high = min(item.step_ms), max(item.step_ms)
+        table.add_row(
+            item.variant.thinned_name + (f" ({name})" if name else ""),
+            with_interval(item.quality.recall),
+            f"{item.quality.greedy:.4f}",
+            f"{item.quality.sampled:.4f}",
+            f"{item.median_ms:.2f} ({low:.2f} to {high:.2f})",
+            f"{item.median_ms / slowest:.2f}",
+            f"{item.read_bytes / 1e3:,.0f} kB",
+            "*" if item in best else "",
+        )
+    console.print(table)
+
+
+def cheaper_as_list(measured: Sequence[Cheaper]) -> list[dict[str, object]]:
+    """For JSON."""
+    return [
+        describe(item.variant)
+        | figures(item.quality.recall)
+        | {"greedy": item.quality.greedy, "sampled": item.quality.sampled}
+        | {"step_ms": item.step_ms, "read_bytes": item.read_bytes}
+        for item in measured
+    ]
+
+
+def costs(console: Console, title: str, times_ms: Mapping[str, Sequence[float]], read: Mapping[str, float]) -> None:
+    """Processor time of a step by variant, against the first."""
+    table = Table(title=f"{title}: a step of one token")
+    for column in ("shadow", "ms", "of the first", "experts read"):
+        table.add_column(column, justify="left" if column == "shadow" else "right")
+    first = statistics.median(next(iter(times_ms.values())))
+    for name, times in times_ms.items():
+        median = statistics.median(times)
+        spread = f"{median:.2f} ({min(times):.2f} to {max(times):.2f})"
+        table.add_row(name, spread, f"{median / first:.2f}", f"{read[name] / 1e6:,.1f} MB")
+    console.print(table)

@@ -17,6 +17,8 @@ class Variant:
         bits: of a shadow's experts.
         token_every, kv_every: periods of a shadow's alignment in steps; 0 is never.
         ahead: layers that a gate looks ahead.
+        top_k: experts of a token that a shadow computes at most; None is all.
+        skipped: MoE layers in which it computes none.
     """
 
     kind: Literal["shadow", "gate", "history"] = "shadow"
@@ -24,6 +26,8 @@ class Variant:
     token_every: int = 1
     kv_every: int = 1
     ahead: int = 1
+    top_k: int | None = None
+    skipped: tuple[int, ...] = ()
 
     @property
     def kind_name(self) -> str:
@@ -33,6 +37,15 @@ class Variant:
         if self.kind == "history":
             return "history"
         return f"shadow, {bits_name(self.bits)}"
+
+    @property
+    def thinned_name(self) -> str:
+        """What a shadow leaves out of a step."""
+        experts = "" if self.top_k is None else f", best {self.top_k}"
+        if not self.skipped:
+            return bits_name(self.bits) + experts
+        first, last = self.skipped[0], self.skipped[-1]
+        return f"{bits_name(self.bits)}{experts}, without {first}" + (f" to {last}" if last > first else "")
 
     @property
     def alignment_name(self) -> str:

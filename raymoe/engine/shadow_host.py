@@ -9,6 +9,7 @@ from predictor.forecast import LayerForecast
 from predictor.quantized_experts import QuantizedExperts
 from predictor.shadow import RUN_AHEAD, Alignment, Guess, Rows, Shadow, Told
 from predictor.shadow_model import ShadowModel
+from predictor.thinning import Thinning, skipped_layers
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ModelConfig, PredictorConfig
 from raymoe.engine.conductor import Conductor
@@ -198,11 +199,13 @@ def alignment_of(config: PredictorConfig) -> Alignment:
 def build_shadow_model(model: ModelConfig, config: PredictorConfig) -> ShadowModel:
     """Open a checkpoint and make a shadow of it.
 
-    Raises CheckpointError where it can't be opened, ConfigError where the device is not there.
+    Raises CheckpointError where it can't be opened, ConfigError where the device or a layer to skip is not there.
     """
     device = torch_device(config.device, "predictor")
     torch.set_num_threads(config.threads or 1)
     dtype = "bfloat16" if config.bits == 16 else model.dtype
     checkpoint = open_checkpoint(model.source, dtype, trust_remote_code=model.trust_remote_code)
+    thinning = Thinning(top_k=config.top_k, skipped=skipped_layers(config.skip_layers, len(checkpoint.layers)))
     depth = (RUN_AHEAD + 1) * (config.drafts + 1) if config.run_ahead else 0  # positions of the passes in its reach
-    return ShadowModel(checkpoint, QuantizedExperts(checkpoint, config.bits, device), device, depth=depth)
+    experts = QuantizedExperts(checkpoint, config.bits, device)
+    return ShadowModel(checkpoint, experts, device, depth=depth, thinning=thinning)

@@ -247,6 +247,19 @@ void linear(const typename T::Storage* w, const typename T::Storage* bias, const
   });
 }
 
+// activated[0 .. to-from) = silu(gate(x)) * up(x), rows `from` to `to` of both matrices.
+template <class T>
+void activate(const typename T::Storage* gate_weight, const typename T::Storage* up_weight, const float* input,
+              int64_t hidden, int64_t from, int64_t to, float* activated) {
+  float gate[kBlock], up[kBlock];
+  rows_times<T>(gate_weight, input, hidden, from, to, gate);
+  rows_times<T>(up_weight, input, hidden, from, to, up);
+  for (int64_t i = 0; i < to - from; i++) {
+    const float g = rounded<T>(gate[i]), u = rounded<T>(up[i]);
+    activated[i] = rounded<T>(rounded<T>(g / (1.0f + std::exp(-g))) * u);
+  }
+}
+
 // Every pair is (expert, row of x): out[p] = down(silu(gate(x)) * up(x)), gate and up stacked in one matrix.
 // Weights are found by index in tables of pointers, so that the caller builds nothing per expert.
 template <class T>
@@ -262,13 +275,7 @@ void experts(const void* const* gate_up, const void* const* down, const int32_t*
       const int64_t to = from + kBlock < inner ? from + kBlock : inner;
       const auto* w = static_cast<const typename T::Storage*>(gate_up[index[pair]]);
       const float* input = wide + rows[pair] * hidden;
-      float gate[kBlock], up[kBlock];
-      rows_times<T>(w, input, hidden, from, to, gate);
-      rows_times<T>(w + inner * hidden, input, hidden, from, to, up);
-      for (int64_t i = 0; i < to - from; i++) {
-        const float g = rounded<T>(gate[i]), u = rounded<T>(up[i]);
-        activated[pair * inner + from + i] = rounded<T>(rounded<T>(g / (1.0f + std::exp(-g))) * u);
-      }
+      activate<T>(w, w + inner * hidden, input, hidden, from, to, activated + pair * inner + from);
   });
   parallel(pairs * down_blocks, threads, [=](int64_t task) {
       const int64_t pair = task / down_blocks, from = task % down_blocks * kBlock;
@@ -277,6 +284,26 @@ void experts(const void* const* gate_up, const void* const* down, const int32_t*
       rows_times<T>(static_cast<const typename T::Storage*>(down[index[pair]]), activated + pair * inner, inner, from, to,
                     result);
       for (int64_t row = from; row < to; row++) out[pair * hidden + row] = T::put(result[row - from]);
+  });
+}
+
+// A gated MLP of one row, its three matrices apart: out = down(silu(gate(x)) * up(x)).
+template <class T>
+void gated(const typename T::Storage* gate, const typename T::Storage* up, const typename T::Storage* down,
+           const typename T::Storage* x, typename T::Storage* out, int64_t hidden, int64_t inner, float* scratch,
+           int threads) {
+  float* wide = scratch;                // [hidden]
+  float* activated = scratch + hidden;  // [inner]
+  widen<T>(x, hidden, wide);
+  parallel((inner + kBlock - 1) / kBlock, threads, [=](int64_t block) {
+    const int64_t from = block * kBlock, to = from + kBlock < inner ? from + kBlock : inner;
+    activate<T>(gate, up, wide, hidden, from, to, activated + from);
+  });
+  parallel((hidden + kBlock - 1) / kBlock, threads, [=](int64_t block) {
+    const int64_t from = block * kBlock, to = from + kBlock < hidden ? from + kBlock : hidden;
+    float result[kBlock];
+    rows_times<T>(down, activated, inner, from, to, result);
+    for (int64_t row = from; row < to; row++) out[row] = T::put(result[row - from]);
   });
 }
 
@@ -298,6 +325,34 @@ void rms_norm(const typename T::Storage* x, const float* weight, typename T::Sto
     for (i = 0; i < columns; i++) {
       const float v = T::get(x + i) * scale;
       out[i] = T::put((early ? rounded<T>(v) : v) * weight[i]);
+    }
+  }
+}
+
+// Queries, keys and values of one token, one after the other in `out` [heads + 2 kv_heads, d]; queries and keys are
+// normalised head by head where there is a weight for that, and rotated to its position, halves against each other.
+// `weights` are the three matrices, each with its bias, and the weights of the two norms; null is what there is not.
+template <class T>
+void projections(const void* const* weights, const typename T::Storage* x, const typename T::Storage* cosines,
+                 const typename T::Storage* sines, typename T::Storage* out, int64_t heads, int64_t kv_heads, int64_t d,
+                 int64_t hidden, const float* epsilons, int early, float* wide, int threads) {
+  using Storage = typename T::Storage;
+  Storage* place = out;
+  for (int part = 0; part < 3; part++) {
+    const int64_t count = part == 0 ? heads : kv_heads;
+    linear<T>(static_cast<const Storage*>(weights[2 * part]), static_cast<const Storage*>(weights[2 * part + 1]), x,
+              place, count * d, hidden, wide, threads);
+    const float* norm = part < 2 ? static_cast<const float*>(weights[6 + part]) : nullptr;
+    if (norm) rms_norm<T>(place, norm, place, count, d, epsilons[part], early);
+    place += count * d;
+  }
+  const int64_t half = d / 2;
+  for (Storage* head = out; head < out + (heads + kv_heads) * d; head += d) {
+    for (int64_t i = 0; i < half; i++) {
+      const float a = T::get(head + i), b = T::get(head + half + i);
+      const float low = rounded<T>(a * T::get(cosines + i)) + rounded<T>(-b * T::get(sines + i));
+      const float high = rounded<T>(b * T::get(cosines + half + i)) + rounded<T>(a * T::get(sines + half + i));
+      head[i] = T::put(low), head[half + i] = T::put(high);
     }
   }
 }
@@ -608,7 +663,7 @@ int quantized_experts_of(int bits, Arguments... arguments) {
 
 extern "C" {
 
-int raymoe_abi() { return 6; }
+int raymoe_abi() { return 7; }
 
 void raymoe_attention_f32(const float* q, const float* k, const float* v, float* out, int64_t heads, int64_t kv_heads,
                           int64_t length, int64_t d, int64_t dv, const int64_t* strides, float scale, float* scratch,
@@ -652,6 +707,28 @@ void raymoe_rms_norm_f32(const float* x, const float* weight, float* out, int64_
 void raymoe_rms_norm_bf16(const uint16_t* x, const float* weight, uint16_t* out, int64_t rows, int64_t columns,
                           float epsilon, int early) {
   rms_norm<BF16>(x, weight, out, rows, columns, epsilon, early);
+}
+
+void raymoe_gated_f32(const float* gate, const float* up, const float* down, const float* x, float* out, int64_t hidden,
+                      int64_t inner, float* scratch, int threads) {
+  gated<F32>(gate, up, down, x, out, hidden, inner, scratch, threads);
+}
+
+void raymoe_gated_bf16(const uint16_t* gate, const uint16_t* up, const uint16_t* down, const uint16_t* x, uint16_t* out,
+                       int64_t hidden, int64_t inner, float* scratch, int threads) {
+  gated<BF16>(gate, up, down, x, out, hidden, inner, scratch, threads);
+}
+
+void raymoe_projections_f32(const void* const* weights, const float* x, const float* cosines, const float* sines,
+                            float* out, int64_t heads, int64_t kv_heads, int64_t d, int64_t hidden,
+                            const float* epsilons, int early, float* scratch, int threads) {
+  projections<F32>(weights, x, cosines, sines, out, heads, kv_heads, d, hidden, epsilons, early, scratch, threads);
+}
+
+void raymoe_projections_bf16(const void* const* weights, const uint16_t* x, const uint16_t* cosines,
+                             const uint16_t* sines, uint16_t* out, int64_t heads, int64_t kv_heads, int64_t d,
+                             int64_t hidden, const float* epsilons, int early, float* scratch, int threads) {
+  projections<BF16>(weights, x, cosines, sines, out, heads, kv_heads, d, hidden, epsilons, early, scratch, threads);
 }
 
 // Return 1 where there is no such number of bits, else 0. The table holds four addresses per expert.

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAG_SETS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
-ABI = 6
+ABI = 7
 THREADED_BYTES = 1 << 18  # below this many bytes of weights, waking threads costs more than they save
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -45,6 +45,8 @@ class NativeKernels:
         self._experts = {}
         self._rms_norm = {}
         self._attention = {}
+        self._gated = {}
+        self._projections = {}
         self._quantized_experts = {}
         self._restore = library.raymoe_restore
         self._restore.argtypes = [ctypes.c_int, *[pointer] * 3, *[number] * 2, ctypes.c_int]
@@ -62,6 +64,13 @@ class NativeKernels:
             attention = getattr(library, f"raymoe_attention_{suffix}")
             attention.argtypes = [pointer] * 4 + [number] * 5 + [pointer, ctypes.c_float, pointer, ctypes.c_int]
             attention.restype = None
+            gated = getattr(library, f"raymoe_gated_{suffix}")
+            gated.argtypes = [pointer] * 5 + [number] * 2 + [pointer, ctypes.c_int]
+            gated.restype = None
+            projections = getattr(library, f"raymoe_projections_{suffix}")
+            projections.argtypes = [pointer] * 5 + [number] * 4 + [pointer, ctypes.c_int, pointer, ctypes.c_int]
+            projections.restype = None
+            self._gated[dtype], self._projections[dtype] = gated, projections
             quantized = getattr(library, f"raymoe_quantized_experts_{suffix}")
             quantized.argtypes = [ctypes.c_int, *[pointer] * 5, *[number] * 4, pointer, ctypes.c_int]
             quantized.restype = ctypes.c_int
@@ -125,6 +134,64 @@ class NativeKernels:
             scale,
             self._room(heads * (d + length + dv)),
             self.threads if k.nbytes >= THREADED_BYTES else 1,
+        )
+
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, x: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """``out[n] = down[n, i] @ (silu(gate[i, n] @ x[n]) * (up[i, n] @ x[n]))``; all contiguous, of one dtype."""
+        inner, hidden = gate.shape
+        self._gated[x.dtype](
+            gate.data_ptr(),
+            up.data_ptr(),
+            down.data_ptr(),
+            x.data_ptr(),
+            out.data_ptr(),
+            hidden,
+            inner,
+            self._room(hidden + inner),
+            self.threads if 3 * gate.nbytes >= THREADED_BYTES else 1,
+        )
+
+    def projections(
+        self,
+        weights: np.ndarray,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        heads: int,
+        out: torch.Tensor,
+        epsilons: np.ndarray,
+        early: bool,
+    ) -> None:
+        """Queries, keys and values of one token, rotated where they are to be.
+
+        Args:
+            weights: uint64, eight addresses, 0 for what there is not: the matrices of queries, keys and values, each
+                with its bias, and in float32 the weights [d] of norms over the heads of queries and keys.
+            x: contiguous, one row.
+            cos, sin: [d], of the token's position; contiguous, of x's type.
+            heads: of queries.
+            out: [heads + 2 kv_heads, d], contiguous: first the queries, then the keys, then the values.
+            epsilons: float32, of the two norms.
+            early: as for ``rms_norm``.
+        """
+        rows, d = out.shape
+        hidden = x.numel()
+        self._projections[x.dtype](
+            weights.ctypes.data,
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            out.data_ptr(),
+            heads,
+            (rows - heads) // 2,
+            d,
+            hidden,
+            epsilons.ctypes.data,
+            early,
+            self._room(hidden),
+            self.threads if out.nbytes * hidden >= THREADED_BYTES else 1,
         )
 
     def experts(

@@ -19,16 +19,17 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raymoe.kernels.native import NativeKernels, load_native
+from raymoe.model.blocks import fused
+from raymoe.model.norms import SmallNorm, small_norm
 
 ATTENTION = "raymoe_sdpa"
 SPECIAL_ATTENTION = ("position_bias", "cache", "softcap")  # what sdpa knows beyond masks; the kernel does not
 MOST_ROWS = 9  # of a linear layer: a token and the most drafts
-MAX_NORM_ELEMENTS = 1 << 15  # one token's states and heads; more is prefill, where torch does well
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # relative, about an ulp of bfloat16
 
 
 def use_native_kernels(model: PreTrainedModel) -> int:
-    """Route calls of one token through native kernels: linear layers (of a few tokens too), norms and attention.
+    """Route calls of one token through native kernels: linear layers (of a few tokens too), norms, attention, and whole
+    blocks of these.
 
     Only exact ``nn.Linear`` modules, proven norms and ``sdpa`` attention on the CPU are touched. Returns how many
     modules were changed.
@@ -42,7 +43,7 @@ def use_native_kernels(model: PreTrainedModel) -> int:
             module.raymoe_kernels = kernels  # type: ignore[assignment]
     changed = 0
     for module in model.modules():
-        replacement = replacement_for(module, kernels)
+        replacement = replacement_for(module, kernels) or fused(module, kernels)
         if replacement is not None:
             module.forward = replacement
             changed += 1
@@ -126,58 +127,3 @@ class FewRowsLinear:
         output = input.new_empty((*input.shape[:-1], weight.shape[0]))
         self._kernels.linear(input.contiguous(), weight, bias, output)
         return output
-
-
-class SmallNorm:
-    """Replaces the forward of a root mean square norm.
-
-    Args:
-        weight: float32, as it multiplies (some modules store it minus one).
-    """
-
-    def __init__(
-        self, module: nn.Module, kernels: NativeKernels, weight: torch.Tensor, epsilon: float, early: bool
-    ) -> None:
-        self._own_forward = module.forward
-        self._dtype = module.weight.dtype
-        self._kernels = kernels
-        self._weight = weight
-        self._epsilon = epsilon
-        self._early = early
-
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The norm of ``hidden_states`` over the last dimension."""
-        columns = self._weight.shape[0]
-        if (
-            hidden_states.dtype != self._dtype
-            or hidden_states.shape[-1] != columns
-            or hidden_states.numel() > MAX_NORM_ELEMENTS
-        ):
-            return self._own_forward(hidden_states)
-        hidden_states = hidden_states.contiguous()
-        output = torch.empty_like(hidden_states)
-        self._kernels.rms_norm(hidden_states, self._weight, self._epsilon, self._early, output)
-        return output
-
-
-@torch.no_grad()
-def small_norm(module: nn.Module, kernels: NativeKernels) -> SmallNorm | None:
-    """The variant of the kernel that does what ``module`` does on random rows, or None."""
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    stored = module.weight
-    if not isinstance(epsilon, float) or not isinstance(stored, torch.Tensor):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn((1, 3, stored.shape[0]), generator=generator).mul_(3.0).to(stored.dtype)
-    try:
-        expected = module(probe)
-    except Exception:  # a norm that wants more than the hidden states: it keeps its own forward
-        return None
-    if not isinstance(expected, torch.Tensor) or expected.shape != probe.shape or expected.dtype != probe.dtype:
-        return None
-    for offset in (0.0, 1.0):
-        for early in (True, False):
-            norm = SmallNorm(module, kernels, (stored.float() + offset).contiguous(), epsilon, early)
-            if torch.allclose(norm(probe).float(), expected.float(), rtol=TOLERANCE[stored.dtype], atol=1e-6):
-                return norm
-    return None

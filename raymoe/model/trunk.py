@@ -55,14 +55,20 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remote_experts_forward)
 
 
 class LazyTensor:
-    """A checkpoint tensor that is read when transformers' loader asks for it, as ``tensor[...]``."""
+    """A checkpoint tensor that is read when transformers' loader asks for it, as ``tensor[...]``.
+
+    Where the file has it as it is served it is mapped, so that a shadow and a model on one node share its pages.
+    """
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         self._checkpoint = checkpoint
         self._name = name
 
     def __getitem__(self, _index: Any) -> torch.Tensor:
-        return self._checkpoint.read_tensor(self._name)
+        checkpoint = self._checkpoint
+        if checkpoint.info(self._name).dtype == checkpoint.dtype:
+            return checkpoint.view_tensor(self._name)
+        return checkpoint.read_tensor(self._name)
 
 
 def build_trunk(checkpoint: Checkpoint, backend: ExpertBackend, device: torch.device) -> PreTrainedModel:

@@ -9,7 +9,6 @@ for a forecast that is lost costs time, not correctness.
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import numpy as np
 import torch

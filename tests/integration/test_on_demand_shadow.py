@@ -42,6 +42,7 @@ PREDICTORS: dict[str, dict[str, Any] | None] = {
     "shadow-2": {"kind": "shadow", "bits": 2, "token_align_every": 4, "run_ahead": False},
     "gate": {"kind": "gate"},
     "history": {"kind": "history"},
+    "shadow-light": {"preset": "light", "top_k": 1, "skip_layers": 1},
 }
 # devices, slots of each, group size
 LAYOUTS = [(4, 2, None), (3, 1, 1), (5, 1, 2), (1, 2, None), (4, 1, 4), (3, None, 2), (5, 2, 4), (4, 2, 2)]

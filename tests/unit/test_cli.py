@@ -177,6 +177,10 @@ def test_inspect_takes_a_path(tmp_path: Path) -> None:
             "--kind: Input should be 'shadow', 'gate', 'resident' or 'history'",
         ),
         (["predictor", "eval", "--bits", "5"], "--bits: Input should be 16, 8, 4, 3 or 2, not 5"),
+        (["predictor", "eval", "--preset", "best"], "--preset: Input should be 'exact', 'balanced' or 'light'"),
+        (["predictor", "eval", "--top-k", "0"], "--top-k: Input should be greater than or equal to 1, not 0"),
+        (["predictor", "eval", "--skip-layers", "last"], "--skip-layers: is 'last'; allowed is how many layers, or"),
+        (["predictor", "eval", "--kind", "gate", "--top-k", "2"], 'top_k is of kind "shadow", not "gate"'),
         (
             ["predictor", "eval", "--kv-align-every", "-1"],
             "--kv-align-every: Input should be greater than or equal to 0, not -1",
@@ -300,6 +304,17 @@ def test_predictor_eval_measures_recall(kind: str, tmp_path: Path) -> None:
     assert (facts["agreement"] is None) == (kind != "shadow")
     assert (facts["bytes_per_token"] > 0) == (kind == "shadow")
     assert kind != "shadow" or facts["recall"] > 0.8
+
+
+def test_predictor_eval_measures_a_cheaper_shadow(tmp_path: Path) -> None:
+    model, file = save_toy("mixtral", tmp_path / "toy"), tmp_path / "recall.json"
+    arguments = ["--tokens", "64", "--length", "32", "--dtype", "float32", "--json", str(file)]
+    cheaper = ["--preset", "light", "--top-k", "1", "--skip-layers", "[0,2]"]
+    assert run("predictor", "eval", str(model), *arguments, *cheaper).exit_code == 0
+    facts = json.loads(file.read_text())
+    assert (facts["preset"], facts["top_k"], facts["skip_layers"]) == ("light", 1, [0, 2])
+    assert facts["by_layer"][0] > 0.95, "the first router sees what the model's sees"
+    assert 0 < facts["by_layer"][1] < facts["by_layer"][0]
 
 
 def test_predictor_eval_of_a_text_tells_no_agreement(tmp_path: Path) -> None:

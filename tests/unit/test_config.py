@@ -4,7 +4,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -20,10 +20,12 @@ from raymoe.config import (
     ModelConfig,
     PredictorConfig,
     SchedulingConfig,
+    ShadowPreset,
     UserConfig,
     parse_size_bytes,
 )
 from raymoe.errors import ConfigError
+from raymoe.presets import SHADOW_PRESETS
 
 DEPLOYMENTS = sorted(Path(deployments.__file__).parent.glob("*.yaml"))
 
@@ -271,6 +273,14 @@ CACHELESS = {"policy": "on_demand_shadow"}
         ({"device": "gpu"}, "predictor.device: String should match pattern"),
         ({"device": "cuda"}, "predictor.device: String should match pattern"),
         ({"threads": 0}, "predictor.threads: Input should be greater than or equal to 1"),
+        ({"preset": "cheap"}, "predictor.preset: Input should be 'exact', 'balanced' or 'light'"),
+        ({"preset": ["light"]}, "predictor.preset: Input should be 'exact', 'balanced' or 'light'"),
+        ({"top_k": 0}, "predictor.top_k: Input should be greater than or equal to 1"),
+        ({"skip_layers": -1}, "predictor.skip_layers: is -1; allowed is how many layers, or a list of their numbers"),
+        ({"skip_layers": [1, "two"]}, "predictor.skip_layers: is [1, 'two']; allowed is how many layers, or a list"),
+        ({"skip_layers": True}, "predictor.skip_layers: is True; allowed is how many layers, or a list"),
+        ({"kind": "gate", "top_k": 2}, 'predictor: top_k is of kind "shadow", not "gate": remove it'),
+        ({"kind": "history", "preset": "light"}, 'predictor: preset is of kind "shadow", not "history"'),
         ({"bit": 8}, "predictor.bit: no such field; check the spelling"),
     ],
 )
@@ -346,6 +356,30 @@ def test_a_configuration_with_a_predictor_survives_json() -> None:
         {"scheduling": {**CACHELESS, "group_size": 4}, "predictor": {"bits": 3, "node_labels": {"box": "a"}}}
     )
     assert ClusterConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("preset", SHADOW_PRESETS)
+def test_a_preset_fills_what_is_not_given(preset: str) -> None:
+    fields = SHADOW_PRESETS[preset]
+    predictor = PredictorConfig.model_validate({"preset": preset})
+    assert {name: getattr(predictor, name) for name in fields} == fields
+    other = PredictorConfig.model_validate({"preset": preset, "bits": 3, "skip_layers": [0, 2]})
+    assert (other.bits, other.top_k, other.skip_layers) == (3, fields["top_k"], (0, 2))
+
+
+def test_the_exact_preset_is_what_nothing_configured_is() -> None:
+    assert PredictorConfig.model_validate({"preset": "exact"}) == PredictorConfig(preset="exact")
+    assert PredictorConfig(preset="exact").model_copy(update={"preset": None}) == PredictorConfig()
+
+
+def test_every_preset_is_known_by_name() -> None:
+    assert list(SHADOW_PRESETS) == list(get_args(ShadowPreset))
+
+
+@pytest.mark.parametrize("skip_layers", [0, 3, [1], [0, 5]])
+def test_a_cheaper_predictor_survives_json(skip_layers: Any) -> None:
+    predictor = PredictorConfig.model_validate({"preset": "light", "top_k": 1, "skip_layers": skip_layers})
+    assert PredictorConfig.model_validate(predictor.model_dump(mode="json")) == predictor
 
 
 # --- defaults -------------------------------------------------------------------------------------------

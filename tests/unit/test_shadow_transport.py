@@ -114,6 +114,8 @@ def forecasts(draw: st.DrawFn) -> LayerForecast:
         experts_TK=np.stack([random.permutation(experts)[:top_k] for _ in range(rows)]),
         scores_TE=random.random((rows, experts), dtype=np.float32),
     )
+
+
 drafts = st.builds(
     Draft, step=st.builds(StepId, sequence=sequences, position=sequences), epoch=sequences, token=sequences
 )
@@ -356,6 +358,8 @@ NAN = np.full(2, np.nan, np.float32).tobytes()
 def test_what_is_wrong_with_a_forecast_is_named(frames: list[bytes], message: str) -> None:
     with pytest.raises(FrameError, match=message):
         read_foretold(frames)
+
+
 @pytest.mark.parametrize(
     ("frames", "message"),
     [([header(Kind.PLAN)], "PLAN is no draft"), ([header(Kind.DRAFT), b"x"], r"buffers of \[1\] bytes, expected \[\]")],
@@ -456,6 +460,8 @@ def test_forecasts_come_back_too(server: ShadowServer, client: ShadowClient) -> 
     received: Any = plan_from(client)
     assert isinstance(received, LayerForecast) and (received.step, received.epoch, received.layer) == (step, 2, 1)
     assert (received.experts_TK.tolist(), received.scores_TE.tolist()) == ([[1]], [[0.25, 0.75]])
+
+
 def test_drafts_and_plans_come_in_order(server: ShadowServer, client: ShadowClient) -> None:
     client.tell(End(sequence=1))
     assert server.receive(TIMEOUT_S) == End(sequence=1)
