@@ -88,7 +88,7 @@ def embedded(
     running: Cluster, options: argparse.Namespace, console: Console, settings: dict[str, Any], say: Say
 ) -> list[Figure]:
     """The embedded model: processes that share this machine's cores, then the same with emulated devices."""
-    prompts = [running.cacheless.encode(prompt) for prompt in PROMPTS]
+    prompts = [running.foretold.encode(prompt) for prompt in PROMPTS]
     set_link(running, prompts[0], options.tokens, settings, say)
     found = in_turns(running, [RESIDENT, AHEAD, LATE], [saying(p, options.tokens, seed=1) for p in prompts])
     settings["shared_cores"] |= print_speeds(console, "ten processes on this machine's cores", found)
@@ -151,7 +151,7 @@ def on_devices(
     ]
     if options.quick:
         return figures
-    tokenizer = running.cacheless.tokenizer
+    tokenizer = running.foretold.tokenizer
     pieces = [text_pieces((EVAL / f"{domain}.txt").read_text(), tokenizer, 1, PREFIX + GIVEN)[0] for domain in DOMAINS]
     ablated = in_turns(running, [RESIDENT, AHEAD, *ABLATION], [reading(piece, PREFIX) for piece in pieces])
     settings["ablation"] = print_speeds(console, "what foretells, on held-out text (emulated devices)", ablated)
@@ -203,7 +203,7 @@ def run_ahead(running: Cluster, texts: dict[float, list[int]], prefix: int, say:
         resident_s = RESIDENT.run(running, reading(text, prefix)).tpot_s
         for name, variant in (("late", LATE), ("ahead", AHEAD)):
             before, lead = running.counts(), Lead()
-            with lead.watched(running.cacheless, len(running.sizes)):
+            with lead.watched(running.foretold, len(running.sizes)):
                 found = variant.run(running, reading(text, prefix))
             after = running.counts()
             row[f"agreement_{name}"] = (after.right - before.right) / max(1, after.guesses - before.guesses)
@@ -221,7 +221,7 @@ def run_ahead(running: Cluster, texts: dict[float, list[int]], prefix: int, say:
 def first_tokens(running: Cluster, say: Say) -> list[dict[str, float]]:
     """Time to first token with and without mini-batches, in turns; the first prompts teach the costs."""
     rows = []
-    planner = running.cacheless.experts.prefill  # type: ignore[union-attr]
+    planner = running.foretold.experts.prefill  # type: ignore[union-attr]
     random = np.random.default_rng(0)
     for tokens in (16, 128):
         prompts = [random.integers(200, 4000, tokens).tolist() for _ in range(8)]
@@ -229,7 +229,7 @@ def first_tokens(running: Cluster, say: Say) -> list[dict[str, float]]:
         for prompt in prompts:
             for whole in (True, False):
                 planner.whole = whole
-                taken[whole].append(saying(prompt, 1)(running.cacheless).ttft_s)
+                taken[whole].append(saying(prompt, 1)(running.foretold).ttft_s)
         resident = [saying(prompt, 1)(running.resident).ttft_s for prompt in prompts]
         planner.whole = False
         whole_s, cut_s = statistics.median(taken[True][3:]), statistics.median(taken[False][3:])

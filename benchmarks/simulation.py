@@ -27,7 +27,7 @@ from raymoe.simulation.trace import RoutingTrace, load
 from raymoe.types import DeviceName
 
 DEVICES = (10, 100, 1000)
-PAPER = Path(__file__).parent.parent / "docs" / "examples" / "od-moe.yaml"
+PAPER = Path(__file__).parent.parent / "docs" / "planning" / "od-moe.yaml"
 PAPER_TOKENS_PER_S, PAPER_RESIDENT_PER_S = 3.69, 4.89
 
 

@@ -2,7 +2,7 @@
 
 Without Ray, so that its own processes don't share the two cores with what is measured. Links are emulated; their speed,
 the shadow's alignment and its honesty can be changed between measurements without a restart. Every worker process
-holds two workers over the same memory: one with everything resident, one without a cache.
+holds two workers over the same memory: one with everything resident, one with few slots.
 """
 
 import multiprocessing
@@ -26,6 +26,7 @@ from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.service import ModelService
+from raymoe.experts.call import expert_id
 from raymoe.experts.link import EmulatedLink
 from raymoe.placement.ownership import Capacity, primary_owners
 from raymoe.placement.pipelining import hidden_load_s
@@ -55,7 +56,8 @@ ANSWER_TIMEOUT_S = 60
 class Setup:
     """What is measured: a checkpoint in float32, ``workers`` in groups of ``group_size``, and a shadow of ``bits``.
 
-    ``spare`` is how many slots each worker has beyond those that experts pass through.
+    ``spare`` is how many slots each worker has beyond those that experts pass through; ``drafts`` how many tokens of
+    the shadow a pass of the model verifies at most. Policy importance has no shadow, and is foretold by gates.
     """
 
     model: Path
@@ -65,6 +67,8 @@ class Setup:
     bits: int
     policy: str = "on_demand_shadow"
     spare: int = 0
+    drafts: int = 0
+    alpha: float = 0.25
 
     @property
     def loads(self) -> int:
@@ -75,6 +79,11 @@ class Setup:
     def slots(self) -> int:
         """Of each worker: those, one to load into meanwhile, and what is to spare."""
         return self.loads + 1 + self.spare
+
+    @property
+    def predictor(self) -> dict[str, Any] | None:
+        """The shadow, in the words of a configuration."""
+        return None if self.policy == "importance" else {"kind": "shadow", "bits": self.bits, "drafts": self.drafts}
 
     def hidden_load_s(self, main_s: float, worker_s: float) -> float:
         """The longest time of one load that costs nothing."""
@@ -146,33 +155,33 @@ def run_worker(pipe: Connection, config: ClusterConfig, index: int, clients: set
     limits, sizes = message_limits(checkpoint), checkpoint.sizes()
     device = config.devices[index]
     owned = ownership_of(config, sizes)[DeviceName(device.name)]
-    cacheless = make_worker(checkpoint, device, config.scheduling)
-    cacheless.own(owned)
+    bounded = make_worker(checkpoint, device, config.scheduling)
+    bounded.own(owned)
     resident = make_worker(checkpoint, device.model_copy(update={"slot_memory": None, "link": None}))
     resident.own(owned)
     metronome = Metronome()
-    for worker in (cacheless, resident):
+    for worker in (bounded, resident):
         keep_pace(worker, metronome)
     servers = {
         name: WorkerServer(worker, "127.0.0.1", limits, set(clients))
-        for name, worker in (("cacheless", cacheless), ("resident", resident))
+        for name, worker in (("bounded", bounded), ("resident", resident))
     }
     pipe.send({name: server.endpoint for name, server in servers.items()})
     while (question := pipe.recv())[0] != "stop":
         if question[0] == "link":
-            assert isinstance(cacheless._link, EmulatedLink)
-            cacheless._link.bytes_per_s = question[1]
+            assert isinstance(bounded._link, EmulatedLink)
+            bounded._link.bytes_per_s = question[1]
             pipe.send(None)
         elif question[0] == "pace":
             metronome.beat_s = question[1].worker_s
             pipe.send(None)
         elif question[0] == "report":
-            pipe.send(cacheless.report())
+            pipe.send(bounded.report())
         elif question[0] == "processor":
             pipe.send(time.process_time())
     for server in servers.values():
         server.close()
-    cacheless.close()
+    bounded.close()
     resident.close()
 
 
@@ -261,9 +270,9 @@ class Cluster:
     """All processes, and a service for each way to use them.
 
     Attributes:
-        cacheless, unforetold, resident: engines over the same workers: with the shadow, without any forecast, and with
-            every expert resident at the same workers (hand-out as in the cacheless one, so that messages are alike).
-        shadow_bytes: of the shadow's weights.
+        foretold, unforetold, resident: engines over the same workers: with forecasts, without any, and with every
+            expert resident at the same workers (hand-out as without a cache, so that messages are alike).
+        shadow_bytes: of the shadow's weights, 0 without one.
     """
 
     def __init__(self, setup: Setup, stack: ExitStack) -> None:
@@ -272,40 +281,46 @@ class Cluster:
         self.checkpoint = open_checkpoint(setup.model, "float32")
         self.sizes = self.checkpoint.sizes()
         self.expert_bytes = max(size.expert_bytes for size in self.sizes)
-        self.config = self._config({"kind": "shadow", "bits": setup.bits})
+        self.config = self._config(setup.policy, setup.predictor)
         self._names = [DeviceName(device.name) for device in self.config.devices]
         self._ownership = ownership_of(self.config, self.sizes)
         self._fleet = cluster_fleet(self.config, self.sizes, self._ownership)
         self._limits = message_limits(self.checkpoint)
         keys, shadow_keys = KeyPair.create(), KeyPair.create()
         admitted = {keys.public, shadow_keys.public}
-        self._shadow = Far("shadow", run_shadow, self.config, keys.public, shadow_keys)
-        stack.callback(self._shadow.end)
+        self._shadow = None
+        if setup.predictor is not None:
+            self._shadow = Far("shadow", run_shadow, self.config, keys.public, shadow_keys)
+            stack.callback(self._shadow.end)
         self._workers = [Far(name, run_worker, self.config, index, admitted) for index, name in enumerate(self._names)]
         for worker in self._workers:
             stack.callback(worker.end)
         endpoints = [worker.hear(START_TIMEOUT_S) for worker in self._workers]
-        shadow_endpoint, self.shadow_bytes = self._shadow.hear(START_TIMEOUT_S)
-        cacheless = {name: found["cacheless"] for name, found in zip(self._names, endpoints, strict=True)}
-        resident = {name: found["resident"] for name, found in zip(self._names, endpoints, strict=True)}
-        self._shadow.tell(cacheless)
-        self._shadow.hear(START_TIMEOUT_S)
-        link = ShadowClient(shadow_endpoint, keys, self._limits, setup.workers)
-        stack.callback(link.close)
-        self.cacheless = self._service(stack, WorkerClient(cacheless, keys, self._limits), self.config, link)
-        plain = self._config(None)
-        self.unforetold = self._service(stack, WorkerClient(cacheless, keys, self._limits), plain, None)
+        bounded, resident = (
+            {name: found[kind] for name, found in zip(self._names, endpoints, strict=True)}
+            for kind in ("bounded", "resident")
+        )
+        link, self.shadow_bytes = None, 0
+        if self._shadow is not None:
+            shadow_endpoint, self.shadow_bytes = self._shadow.hear(START_TIMEOUT_S)
+            self._shadow.tell(bounded)
+            self._shadow.hear(START_TIMEOUT_S)
+            link = ShadowClient(shadow_endpoint, keys, self._limits, setup.workers)
+            stack.callback(link.close)
+        self.foretold = self._service(stack, WorkerClient(bounded, keys, self._limits), self.config, link)
+        plain = self._config("on_demand_shadow", None)
         self.resident = self._service(stack, WorkerClient(resident, keys, self._limits), plain, None)
+        if setup.policy == "on_demand_shadow":
+            self.unforetold = self._service(stack, WorkerClient(bounded, keys, self._limits), plain, None)
 
-    def _config(self, predictor: dict[str, Any] | None) -> ClusterConfig:
+    def _config(self, policy: str, predictor: dict[str, Any] | None) -> ClusterConfig:
         setup = self.setup
-        policy = setup.policy if predictor is not None else "on_demand_shadow"
         device = {"slot_memory": self.expert_bytes * setup.slots, "link": {"bytes_per_s": "1GB"}}
         return ClusterConfig.parse(
             {
                 "model": {"path": str(setup.model), "dtype": "float32"},
                 "devices": [{"name": f"w{index}", **device} for index in range(setup.workers)],
-                "scheduling": {"policy": policy, "group_size": setup.group_size},
+                "scheduling": {"policy": policy, "group_size": setup.group_size, "alpha": setup.alpha},
                 "predictor": predictor,
                 "trunk": {"threads": 1},
             }
@@ -316,6 +331,7 @@ class Cluster:
     ) -> ModelService:
         stack.callback(client.close)
         owners = primary_owners(self.sizes, self._ownership, [1] * len(self.sizes))
+        by_gates = config.scheduling.policy == "importance"
         dispatcher = Dispatcher(
             self.sizes,
             owners,
@@ -323,9 +339,15 @@ class Cluster:
             remote=client,
             timeout_s=120.0,
             bounded=bounded_devices(config),
-            fleet=self._fleet,
+            fleet=None if by_gates else self._fleet,
             devices=self._names,
         )
+
+        def tell_owners(layer: int, experts: np.ndarray, worth: np.ndarray) -> None:
+            for name, mine in dispatcher.by_owner(layer, experts).items():
+                identifiers = [expert_id(layer, expert) for expert in experts[mine].tolist()]
+                client.prefetch(name, identifiers, worth[mine].tolist())
+
         own = dispatcher.compute
 
         def compute(*arguments: Any, **more: Any) -> torch.Tensor:
@@ -334,7 +356,8 @@ class Cluster:
             return answer
 
         dispatcher.compute = compute  # type: ignore[method-assign]
-        service = ModelService(self.checkpoint, config, dispatcher, link=link)
+        on_forecast = tell_owners if by_gates else None
+        service = ModelService(self.checkpoint, config, dispatcher, on_forecast=on_forecast, link=link)
         route = service.experts.route
 
         def route_in_time(*arguments: Any) -> Any:
@@ -353,15 +376,17 @@ class Cluster:
     def set_pace(self, pace: Pace) -> None:
         """Emulate devices of this pace; ``Pace()`` is as fast as this machine can."""
         self._metronome.beat_s = pace.main_s
-        for far in (*self._workers, self._shadow):
+        for far in (*self._workers, *([self._shadow] if self._shadow else [])):
             far.ask("pace", pace)
 
     def align(self, alignment: Alignment, *, at_random: bool = False) -> None:
         """How the shadow follows the model from the next sequence on, and whether it forecasts or draws lots."""
-        self._shadow.ask("align", alignment, at_random)
+        if self._shadow is not None:
+            self._shadow.ask("align", alignment, at_random)
 
     def counts(self) -> ShadowCounts:
         """The shadow's totals. Raises RuntimeError where it has failed."""
+        assert self._shadow is not None, "there is no shadow to count"
         counts, failure = self._shadow.ask("counts")
         if failure:
             raise RuntimeError(f"the shadow failed: {failure}")
@@ -370,7 +395,8 @@ class Cluster:
     def processor_s(self) -> dict[str, float]:
         """Seconds of processor so far, by who used them."""
         workers_s = sum(worker.ask("processor") for worker in self._workers)
-        return {"main": time.process_time(), "shadow": self._shadow.ask("processor"), "workers": workers_s}
+        shadow_s = 0.0 if self._shadow is None else self._shadow.ask("processor")
+        return {"main": time.process_time(), "shadow": shadow_s, "workers": workers_s}
 
     def peak_slot_bytes(self) -> int:
         """Of all workers."""

@@ -177,7 +177,7 @@ class Variant:
 
     def run(self, cluster: Cluster, task: Task) -> Answer:
         """One task done this way."""
-        service = cluster.resident if self.is_resident else cluster.cacheless
+        service = cluster.resident if self.is_resident else cluster.foretold
         if self.alignment is not None:
             cluster.align(self.alignment, at_random=self.at_random)
         elif not self.is_resident:
