@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class SafetensorsFile:
         self.path = path
         self.bytes_read = 0
         self._mapping: mmap.mmap | None = None
+        self._mapping_lock = threading.Lock()
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -97,9 +99,10 @@ class SafetensorsFile:
         info = self.tensors[name]
         if nbytes == 0 or start % info.dtype.itemsize:
             return self.read(name, row)
-        if self._mapping is None:
-            # copy-on-write access only because torch warns about read-only buffers; pages stay shared
-            self._mapping = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+        with self._mapping_lock:  # transformers loads with several threads, and a second mapping would be read anew
+            if self._mapping is None:
+                # copy-on-write access only because torch warns about read-only buffers; pages stay shared
+                self._mapping = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
         count = nbytes // info.dtype.itemsize
         return torch.frombuffer(self._mapping, dtype=info.dtype, count=count, offset=start).view(shape)
 

@@ -341,7 +341,7 @@ void projections(const void* const* weights, const typename T::Storage* x, const
   for (int part = 0; part < 3; part++) {
     const int64_t count = part == 0 ? heads : kv_heads;
     linear<T>(static_cast<const Storage*>(weights[2 * part]), static_cast<const Storage*>(weights[2 * part + 1]), x,
-              place, count * d, hidden, wide, threads);
+              place, count * d, hidden, 1, wide, threads);
     const float* norm = part < 2 ? static_cast<const float*>(weights[6 + part]) : nullptr;
     if (norm) rms_norm<T>(place, norm, place, count, d, epsilons[part], early);
     place += count * d;

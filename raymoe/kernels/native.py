@@ -28,6 +28,7 @@ SOURCE = Path(__file__).with_name("native.cpp")
 FLAG_SETS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
 ABI = 7
+COMPILERS = ("c++", "g++", "clang++")
 THREADED_BYTES = 1 << 18  # below this many bytes of weights, waking threads costs more than they save
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -298,16 +299,21 @@ def load_native(threads: int) -> NativeKernels | None:
 def _library() -> ctypes.CDLL | None:
     if os.environ.get("RAYMOE_NATIVE", "1") == "0":
         return None
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         log.info("no C++ compiler found; decoding goes through torch")
         return None
+    said = ""
     for flags in FLAG_SETS:
         try:
             return _build(compiler, [*COMMON_FLAGS, *flags])
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.decode(errors="replace").strip()
         except (OSError, subprocess.SubprocessError, AttributeError) as error:
-            log.debug("native kernels with %s: %s", flags, error)
-    log.warning("the native kernels did not build with %s; decoding goes through torch", compiler)
+            said = str(error)
+        log.debug("native kernels with %s: %s", flags, said)
+    wrong = next((line for line in said.splitlines() if "error" in line), said[:200])
+    log.warning("the native kernels did not build with %s; decoding goes through torch: %s", compiler, wrong)
     return None
 
 

@@ -1,5 +1,6 @@
 """Native kernels give what torch gives, whatever the number of threads; skipped where no compiler is."""
 
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 from predictor.quantize import matrix_form
 from raymoe.experts.compute import WeightTable
 from raymoe.kernels import native
-from raymoe.kernels.native import NativeKernels, load_native
+from raymoe.kernels.native import COMPILERS, NativeKernels, load_native
 from raymoe.model.fast import MOST_ROWS, FewRowsLinear, SmallNorm, small_norm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -20,8 +21,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @pytest.fixture
 def kernels() -> NativeKernels:
     loaded = load_native(1)
-    if loaded is None:
+    if loaded is None and not any(map(shutil.which, COMPILERS)):
         pytest.skip("no C++ compiler")
+    assert loaded is not None, "there is a compiler, so the kernels must build"
     return loaded
 
 
