@@ -204,12 +204,10 @@ def run_shadow(pipe: Connection, config: ClusterConfig, engine_key: bytes, keys:
     """The shadow's process."""
     import threading
 
-    from raymoe.actors.shadow import SHADOW_NICENESS
     from raymoe.engine.shadow_host import ShadowHost, alignment_of, build_shadow_model
     from raymoe.transport.shadow import ShadowServer
 
     settle_down()
-    os.nice(SHADOW_NICENESS)
     assert config.predictor is not None
     checkpoint = open_checkpoint(config.model.source, config.model.dtype)
     limits, sizes = message_limits(checkpoint), checkpoint.sizes()

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from raymoe.placement.assignment import Fleet
     from raymoe.transport.shadow import ShadowServer
 
-# Where the shadow shares cores with the engine or with workers, those go first: a late forecast costs a load's time, a
-# late layer costs the token's.
-SHADOW_NICENESS = 10
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShadowInfo:
@@ -64,7 +60,6 @@ class ShadowShell:
         # here and not above: the placement actor needs only the class
         from raymoe.engine.shadow_host import build_shadow_model
 
-        os.nice(SHADOW_NICENESS)
         self._config = PredictorConfig.model_validate(predictor)
         self._limits = limits
         self._decides = decides
