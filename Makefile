@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA)
 PORT ?= 8000
+JOBS ?= $(shell nproc)
 PROMPT ?= Elizabeth looked at Mr. Darcy and
 
 .PHONY: run test check bench lint types imports unit clean
@@ -30,8 +31,9 @@ $(VENV)/.dev: $(VENV)/.base
 run: $(VENV)/.base
 	$(BIN)/raymoe serve deployments/local.yaml --port $(PORT) --chat "$(PROMPT)"
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+# tests of whole clusters: two files at a time, for each has several processes
+test: unit
+	$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile
 
 check: lint types imports unit
 
@@ -46,7 +48,7 @@ imports: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit -n $(JOBS) --dist worksteal
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.decode --quick --json out/decode.json
@@ -54,6 +56,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.importance --quick --json out/importance.json
 	$(BIN)/python -m benchmarks.predictor --quick --json out/predictor.json
 	$(BIN)/python -m benchmarks.on_demand --quick --json out/on-demand.json
+	$(BIN)/python -m benchmarks.joint --quick --json out/joint.json
 	$(BIN)/python -m benchmarks.planning out/on-demand.json --json out/planning.json
 	$(BIN)/python -m benchmarks.simulation --quick --measured out/on-demand.json --json out/simulation.json
 

@@ -1,7 +1,8 @@
 """Decode speed of the first whole: against transformers' generate, over workers, and against memory's rate.
 
 All runs sample at temperature 1 with fixed seeds. Time per output token (TPOT) excludes the prefill: it is taken
-between the first and the last token.
+between the first and the last token. No link is emulated, so every roofline here is the memory's: the weights that a
+token needs, read once (``roofline_fraction``).
 
     python -m benchmarks.decode [--quick] [--json PATH]
 """
@@ -26,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import raymoe
 from benchmarks.harness import Figure, arguments, figure, in_turns, ratios, read_bandwidth, report
-from raymoe.checkpoint.checkpoint import Checkpoint
+from benchmarks.roofline import MEMORY_FLOOR, active_bytes, floor_s
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import EMBEDDED_MODEL
 from raymoe.launcher import Moe
@@ -95,14 +96,14 @@ def open_model(path: Path, dtype: str, devices: list[dict[str, Any]], **more: An
     return raymoe.launch({"model": {"path": str(path), "dtype": dtype}, "devices": devices, **more})
 
 
-def active_bytes(checkpoint: Checkpoint) -> int:
-    """Weights that one token reads: the trunk without its embedding table, and top-k experts in each layer."""
-    experts = sum(layer.top_k * layer.expert_bytes(checkpoint.dtype) for layer in checkpoint.layers)
-    tied = checkpoint.config.get_text_config().tie_word_embeddings
-    table = sum(checkpoint.info(name).nbytes for name in checkpoint.trunk_tensors if "embed_tokens" in name)
-    stored = checkpoint.info(checkpoint.trunk_tensors[0]).dtype.itemsize
-    table = table // stored * checkpoint.dtype.itemsize
-    return experts + checkpoint.trunk_bytes - (0 if tied else table)
+def fractions(name: str, bound_s: float, tpots_s: list[float]) -> Figure:
+    """Share of the roofline that a variant reached.
+
+    Args:
+        bound_s: seconds in which memory delivers what a token needs.
+    """
+    floor = floor_s(resident_s=bound_s)
+    return figure(f"roofline_fraction_{name}", [floor / value for value in tpots_s], "", MEMORY_FLOOR)
 
 
 def embedded(tokens: int, rounds: int) -> list[Figure]:
@@ -138,6 +139,9 @@ def embedded(tokens: int, rounds: int) -> list[Figure]:
         figure("layer_overhead_us", over, "us", "local, per MoE layer, beyond reading the active weights once"),
         figure("worker_layer_overhead_us", hop, "us", "per MoE layer, 4 worker processes over local"),
         figure("local_tpot_ms", ms, "ms", "orientation only"),
+        fractions("transformers", bound, alone["transformers"]),
+        fractions("local", bound, alone["local"]),
+        fractions("workers4", bound, four["workers"]),
     ]
 
 
@@ -173,8 +177,13 @@ def against_disk_offload(tokens: int, rounds: int) -> list[Figure]:
                 },
                 rounds,
             )
+    bound = active_bytes(checkpoint) / read_bandwidth(CORES)
     note = "a third of the experts in fast memory; the rest on disk (accelerate), in host memory (raymoe)"
-    return [figure("vs_accelerate_offload", ratios(times["accelerate"], times["raymoe"]), "x", note)]
+    return [
+        figure("vs_accelerate_offload", ratios(times["accelerate"], times["raymoe"]), "x", note),
+        fractions("offload_accelerate", bound, times["accelerate"]),
+        fractions("offload", bound, times["raymoe"]),
+    ]
 
 
 def synthetic(tokens: int, rounds: int) -> list[Figure]:
@@ -200,13 +209,15 @@ def synthetic(tokens: int, rounds: int) -> list[Figure]:
         )
     needed = active_bytes(checkpoint)
     best_rate = max(times["bandwidth"])
-    fractions = [needed / best_rate / value for value in times["local"]]
+    reached = [needed / best_rate / value for value in times["local"]]
     over = [(value - needed / best_rate) / len(checkpoint.layers) * 1e6 for value in times["local"]]
     return [
-        figure("bandwidth_fraction", fractions, "", f"{needed / 1e6:.0f} MB per token at {best_rate / 1e9:.1f} GB/s"),
+        figure("bandwidth_fraction", reached, "", f"{needed / 1e6:.0f} MB per token at {best_rate / 1e9:.1f} GB/s"),
         figure("synth_local_vs_transformers", ratios(times["transformers"], times["local"]), "x", f"{best}, bfloat16"),
         figure("synth_layer_overhead_us", over, "us", "per MoE layer, beyond the bandwidth bound"),
         figure("synth_local_tpot_ms", [1e3 * value for value in times["local"]], "ms", "orientation only"),
+        fractions("synth_transformers", needed / best_rate, times["transformers"]),
+        fractions("synth_local", needed / best_rate, times["local"]),
     ]
 
 

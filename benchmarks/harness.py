@@ -1,7 +1,8 @@
 """What all benchmarks share: figures with spread, a table, JSON, and timing of variants side by side.
 
 Variants are measured in turn within one process tree (A B C A B C …) and compared round by round, so that a
-machine whose speed drifts does not favour one of them. Absolute times are printed for orientation only.
+machine whose speed drifts does not favour one of them. Absolute times are printed for orientation only. Time that the
+machine's host takes away from it is reported with every benchmark, and rounds that lost much of it may be repeated.
 """
 
 import argparse
@@ -13,12 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+
+MOST_STOLEN = 0.05  # of a round: a shared host in calm minutes takes 0 to 4%, in others a third and more
+MOST_REPEATS = 3  # of a round: a host that is busy for longer than that stays so for the whole benchmark
+STEAL_COLUMN = 7  # of user, nice, system, idle, iowait, irq, softirq, steal, and guests, who are in the first two
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +49,74 @@ def figure(name: str, values: Sequence[float], unit: str, note: str = "") -> Fig
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     """``above / below`` round by round."""
     return [a / b for a, b in zip(above, below, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessorTime:
+    """Ticks of all processors since the machine started, busy or not, and those that its host gave to others."""
+
+    total: int = 0
+    stolen: int = 0
+
+
+def processor_time(path: Path = Path("/proc/stat")) -> ProcessorTime:
+    """As the system counts it; nothing where it counts none, or none that was stolen."""
+    try:
+        name, *ticks = path.read_text().splitlines()[0].split()
+    except (OSError, IndexError, ValueError):
+        return ProcessorTime()
+    columns = [int(value) for value in ticks[: STEAL_COLUMN + 1]]
+    if name != "cpu" or len(columns) <= STEAL_COLUMN:
+        return ProcessorTime()
+    return ProcessorTime(total=sum(columns), stolen=columns[STEAL_COLUMN])
+
+
+class StolenTime:
+    """The share of this machine's processor time that its host took away since this was made.
+
+    Args:
+        read: what the system has counted so far.
+    """
+
+    def __init__(self, read: Callable[[], ProcessorTime] = processor_time) -> None:
+        self._read = read
+        self._begin = read()
+
+    def share(self) -> float:
+        """Of all processors' time until now, from 0 to 1; 0 where the system does not count it."""
+        now = self._read()
+        passed = now.total - self._begin.total
+        return (now.stolen - self._begin.stolen) / passed if passed > 0 else 0.0
+
+
+SINCE_START = StolenTime()  # begins with the import, so that no benchmark can forget to begin it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round(Generic[T]):
+    """What one round over all variants gave, and the share of the processors' time that was stolen meanwhile."""
+
+    result: T
+    stolen: float
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether its times are worth little."""
+        return self.stolen > MOST_STOLEN
+
+
+def least_disturbed(run: Callable[[], T], read: Callable[[], ProcessorTime] = processor_time) -> Round[T]:
+    """Run a round, again where it was disturbed, and keep the least disturbed one.
+
+    What is repeated and kept depends on the host alone, never on the result: choosing by the result would be choosing
+    the result.
+    """
+    rounds: list[Round[T]] = []
+    while not rounds or (rounds[-1].is_disturbed and len(rounds) <= MOST_REPEATS):
+        stolen = StolenTime(read)
+        result = run()
+        rounds.append(Round(result=result, stolen=stolen.share()))
+    return min(rounds, key=lambda each: each.stolen)
 
 
 def in_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -100,15 +175,20 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def report(title: str, figures: list[Figure], settings: dict[str, Any], path: Path | None) -> None:
-    """Print the table and write the JSON."""
-    table = Table(title=title)
+    """Print the table and write the JSON, both with the share of processor time that the host stole since the start."""
+    stolen = SINCE_START.share()
+    table = Table(title=title, caption=f"stolen by the host: {stolen:.0%}")
     for column in ("figure", "value", "unit", "spread", "n", "note"):
-        table.add_column(column, justify="right" if column in ("value", "n") else "left")
+        table.add_column(column, justify="right" if column in ("value", "n") else "left", no_wrap=column == "figure")
     for item in figures:
         low, high = item.spread
         table.add_row(item.name, f"{item.value:.3g}", item.unit, f"{low:.3g} … {high:.3g}", str(item.n), item.note)
-    Console(width=max(110, Console().width)).print(table)
+    Console(width=max(140, Console().width)).print(table)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"figures": [asdict(item) for item in figures], "machine": machine(), "settings": settings}
+        content = {
+            "figures": [asdict(item) for item in figures],
+            "machine": machine(),
+            "settings": settings | {"stolen_by_host": stolen},
+        }
         path.write_text(json.dumps(content, indent=2, default=str) + "\n")

@@ -63,6 +63,7 @@ def main() -> None:
             else:
                 reduced = measured.reduction(FULL)
                 figures.append(figure(f"tpot_reduction_vs_lru_batch_{batch}", reduced, "share", "emulated link"))
+                figures += rooflines(measured, f"_batch_{batch}")
             if options.figures:
                 from benchmarks.scheduling import plots
 
@@ -107,6 +108,16 @@ def named(bench: Bench, exact: decisions.Exact, measured: Measured) -> list[Figu
         figure("hit_rate_lru", [lru.routing.hit_rate], "share"),
         figure("perplexity_increase", [perplexity], "share", "asked 0.005 at most"),
         figure("substituted", [full.routing.substituted / (full.routing.hits + full.routing.misses)], "share"),
+        *rooflines(measured),
+    ]
+
+
+def rooflines(measured: Measured, place: str = "") -> list[Figure]:
+    """Shares of their rooflines that ours and LRU reached."""
+    note = "floor: resident path, or loads over the link"
+    return [
+        figure(f"roofline_fraction{place}", measured.roofline_fraction(FULL), "", note),
+        figure(f"roofline_fraction{place}_lru", measured.roofline_fraction(LRU), "", note),
     ]
 
 
@@ -121,6 +132,8 @@ def as_dict(measured: Measured) -> dict[str, object]:
             name: {
                 "tpot_s": timed.tpot_s,
                 "reduction": measured.reduction(name),
+                "roofline_fraction": measured.roofline_fraction(name),
+                "moved_bytes_per_step": timed.moved_bytes,
                 "hit_rate": timed.routing.hit_rate,
                 "perplexity": timed.perplexity,
                 "routing": {field: getattr(timed.routing, field) for field in timed.routing.__slots__},
@@ -158,7 +171,19 @@ def print_speed(console: Console, measured: Measured, batch: int) -> None:
         title=f"batch {batch}: emulated link, a load takes {1e3 * measured.link.load_s:.2f} ms, "
         f"an expert on the host {1e3 * measured.link.host_s:.2f} ms"
     )
-    for column in ("variant", "TPOT ms", "less than LRU", "spread", "hit rate", "loads", "hosted", "subst.", "ppl"):
+    columns = (
+        "variant",
+        "TPOT ms",
+        "less than LRU",
+        "spread",
+        "roofline",
+        "hit rate",
+        "loads",
+        "hosted",
+        "subst.",
+        "ppl",
+    )
+    for column in columns:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for name, timed in measured.by_name.items():
         reduction = measured.reduction(name)
@@ -169,6 +194,7 @@ def print_speed(console: Console, measured: Measured, batch: int) -> None:
             f"{1e3 * statistics.median(timed.tpot_s):.1f}",
             f"{100 * statistics.median(reduction):.0f}%",
             f"{100 * min(reduction):.0f} … {100 * max(reduction):.0f}",
+            f"{statistics.median(measured.roofline_fraction(name)):.2f}",
             f"{routing.hit_rate:.3f}",
             f"{routing.loads / pairs:.3f}",
             f"{routing.hosted / pairs:.3f}",
@@ -176,7 +202,9 @@ def print_speed(console: Console, measured: Measured, batch: int) -> None:
             f"{100 * (timed.perplexity / exact - 1):+.2f}%",
         )
     console.print(table)
-    console.print("[dim]loads, hosted, subst.: per (token, expert) pair[/dim]")
+    console.print(
+        "[dim]loads, hosted, subst.: per (token, expert) pair; roofline: the fraction of it that was reached[/dim]"
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from benchmarks.cacheless.measure import (
     AHEAD,
     LATE,
     RESIDENT,
-    Answer,
+    Found,
     LayerTimes,
     Lead,
     agreeing,
@@ -32,6 +32,8 @@ from benchmarks.cacheless.measure import (
     predicted_s,
     reading,
     relative,
+    roofline_fraction,
+    roofline_fractions,
     saying,
 )
 from benchmarks.harness import Figure, figure, report
@@ -52,6 +54,7 @@ LOADS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # times the bound
 AGREEMENTS = (0.0, 0.5, 0.8, 0.95, 1.0)
 PACE = Pace(main_s=12e-3, worker_s=6e-3, shadow_s=9e-3)  # a small board's, some five times this machine's cores
 PACED_TOKENS = 40
+FLOOR = "floor: resident path, or loads over all links"
 PREFIX, GIVEN = 16, 64  # of a text that is read: prompt, and tokens after it
 Say = Callable[[str], None]
 
@@ -68,7 +71,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("embedded", "synthetic", "all"), default="all")
     parser.add_argument("--size", default=1_000_000_000, type=int, help="bytes of the synthetic checkpoint")
     options = parser.parse_args()
-    console = Console(width=max(120, Console().width))
+    console = Console(width=max(140, Console().width))
 
     def say(text: str) -> None:
         console.print(f"[dim]{text}[/dim]")
@@ -91,15 +94,16 @@ def embedded(
     prompts = [running.foretold.encode(prompt) for prompt in PROMPTS]
     set_link(running, prompts[0], options.tokens, settings, say)
     found = in_turns(running, [RESIDENT, AHEAD, LATE], [saying(p, options.tokens, seed=1) for p in prompts])
-    settings["shared_cores"] |= print_speeds(console, "ten processes on this machine's cores", found)
+    settings["shared_cores"] |= print_speeds(running, console, "ten processes on this machine's cores", found)
     counts = running.counts()
     expert_bytes = sum(size.experts * size.expert_bytes for size in running.sizes)
-    ahead = found[AHEAD.name]
+    ahead = found.answers[AHEAD.name]
     figures = [
         figure("decode_vs_resident", relative(found, AHEAD.name), "x", "asked 0.9; the paper: 0.75; cores are shared"),
         figure("processor_vs_resident", busy(found), "x", "processor time per token, of the resident cluster's"),
         figure("recall_in_use", [a.routing.recall or 0.0 for a in ahead], "share"),
         figure("hits_in_use", [a.routing.hit_rate for a in ahead], "share", "loaded in time"),
+        *rooflines(running, found, "shared_cores"),
         figure("agreement", [counts.right / max(1, counts.guesses)], "share", "guesses of all variants"),
         figure("slot_fraction_embedded", [running.peak_slot_bytes() / expert_bytes], "share", "of the experts"),
     ]
@@ -143,18 +147,21 @@ def on_devices(
     settings["emulated_devices"] |= {"pace": asdict(PACE)}
     variants = [RESIDENT, AHEAD, LATE]
     found = in_turns(running, variants, [saying(prompt, PACED_TOKENS, seed=1) for prompt in prompts])
-    settings["emulated_devices"] |= print_speeds(console, "emulated devices", found)
+    settings["emulated_devices"] |= print_speeds(running, console, "emulated devices", found)
     speeds = relative(found, AHEAD.name)
     figures = [
         figure("decode_vs_resident_devices", speeds, "x", "emulated devices"),
         figure("decode_vs_resident_late", relative(found, LATE.name), "x", "emulated devices; as in the paper"),
+        *rooflines(running, found, "devices"),
     ]
     if options.quick:
         return figures
     tokenizer = running.foretold.tokenizer
     pieces = [text_pieces((EVAL / f"{domain}.txt").read_text(), tokenizer, 1, PREFIX + GIVEN)[0] for domain in DOMAINS]
     ablated = in_turns(running, [RESIDENT, AHEAD, *ABLATION], [reading(piece, PREFIX) for piece in pieces])
-    settings["ablation"] = print_speeds(console, "what foretells, on held-out text (emulated devices)", ablated)
+    settings["ablation"] = print_speeds(
+        running, console, "what foretells, on held-out text (emulated devices)", ablated
+    )
     sweep = sweep_links(running, prompts, times, load_s, say)
     settings["sweep"] = sweep
     running.set_load(load_s)
@@ -165,7 +172,8 @@ def on_devices(
     if options.figures:
         from benchmarks.cacheless import plots
 
-        plots.ablation({name: relative(ablated, name) for name in ablated}, options.figures / "on-demand-ablation.png")
+        speeds_by_name = {name: relative(ablated, name) for name in ablated.answers}
+        plots.ablation(speeds_by_name, options.figures / "on-demand-ablation.png")
         plots.links(sweep, load_s, options.figures / "on-demand-links.png")
         plots.ahead(ahead, options.figures / "on-demand-run-ahead.png")
     return figures
@@ -188,7 +196,9 @@ def sweep_links(
                 "load_ms": factor * bound_s * 1e3,
                 "measured_over_resident": measured,
                 "predicted_over_resident": model_s / free_s,
-                "hit_rate": statistics.median(a.routing.hit_rate for a in found[AHEAD.name]),
+                "roofline_fraction": statistics.median(roofline_fractions(running, found, AHEAD.name)),
+                "hit_rate": statistics.median(a.routing.hit_rate for a in found.answers[AHEAD.name]),
+                "disturbed_rounds": found.disturbed_rounds,
             }
         )
         say(f"load of {factor:g} x the bound: {measured:.2f} x resident, predicted {model_s / free_s:.2f}")
@@ -210,6 +220,7 @@ def run_ahead(running: Cluster, texts: dict[float, list[int]], prefix: int, say:
             row[f"lead_{name}"] = float(np.mean(lead.layers))
             row[f"speed_{name}"] = resident_s / found.tpot_s
             row[f"hits_{name}"] = found.routing.hit_rate
+            row[f"roofline_{name}"] = roofline_fraction(running, found, resident_s)
         rows.append(row)
         say(
             f"agreement {row['agreement_ahead']:.2f}: lead {row['lead_late']:.1f} layers late, {row['lead_ahead']:.1f} "
@@ -258,7 +269,7 @@ def synthetic(options: argparse.Namespace, console: Console, settings: dict[str,
             prompts = [np.random.default_rng(seed).integers(5, 200, 8).tolist() for seed in range(3)]
             set_link(running, prompts[0], 24, settings, say, "synthetic")
             found = in_turns(running, [RESIDENT, AHEAD, LATE], [saying(prompt, 32) for prompt in prompts])
-            settings["synthetic"] |= print_speeds(console, "1 GB synthetic, 8 workers in groups of 2", found)
+            settings["synthetic"] |= print_speeds(running, console, "1 GB synthetic, 8 workers in groups of 2", found)
             trunk = running.checkpoint.trunk_bytes
             total = trunk + running.checkpoint.routed_bytes
             slots = running.peak_slot_bytes()
@@ -267,32 +278,57 @@ def synthetic(options: argparse.Namespace, console: Console, settings: dict[str,
                 figure("memory_fraction", [memory], "share", "slots, trunk and shadow; asked 1/3 at most"),
                 figure("slot_fraction", [slots / total], "share", "asked a tenth"),
                 figure("decode_vs_resident_synthetic", relative(found, AHEAD.name), "x", "1 GB, groups of 2"),
-                figure("hits_in_use_synthetic", [a.routing.hit_rate for a in found[AHEAD.name]], "share"),
+                *rooflines(running, found, "synthetic"),
+                figure("hits_in_use_synthetic", [a.routing.hit_rate for a in found.answers[AHEAD.name]], "share"),
             ]
 
 
-def busy(found: dict[str, list[Answer]]) -> list[float]:
+def busy(found: Found) -> list[float]:
     """Processor time per token of the whole cluster with a shadow, over that with everything resident."""
-    pairs = zip(found[AHEAD.name], found[RESIDENT.name], strict=True)
+    pairs = zip(found.answers[AHEAD.name], found.answers[RESIDENT.name], strict=True)
     return [sum(mine.processor_s.values()) / sum(theirs.processor_s.values()) for mine, theirs in pairs]
 
 
-def print_speeds(console: Console, title: str, found: dict[str, list[Answer]]) -> dict[str, Any]:
+def rooflines(running: Cluster, found: Found, place: str) -> list[Figure]:
+    """Share of its roofline that each variant with a shadow reached."""
+    return [
+        figure(f"roofline_fraction_{place}{suffix}", roofline_fractions(running, found, name), "", FLOOR)
+        for name, suffix in ((AHEAD.name, ""), (LATE.name, "_late"))
+    ]
+
+
+def print_speeds(running: Cluster, console: Console, title: str, found: Found) -> dict[str, Any]:
     """A line per variant; returns them for JSON."""
-    table = Table(title=f"{title}; the last columns are processor time per token")
-    for column in ("variant", "TPOT", "of resident", "range", "recall", "in time", "main", "shadow", "workers"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
+    table = Table(title=f"{title}; the last columns are processor time per token", caption=found.caption())
+    columns = (
+        "variant",
+        "TPOT",
+        "of resident",
+        "range",
+        "of roofline",
+        "recall",
+        "in time",
+        "main",
+        "shadow",
+        "workers",
+    )
+    for column in columns:
+        table.add_column(
+            column, justify="left" if column == "variant" else "right", no_wrap=column in ("variant", "range")
+        )
     lines = {}
-    for name, answers in found.items():
+    for name, answers in found.answers.items():
         speeds = relative(found, name)
         recalls = [a.routing.recall for a in answers if a.routing.recall is not None]
         processor = {who: statistics.median(a.processor_s[who] for a in answers) for who in answers[0].processor_s}
         hit_rate = statistics.mean(a.routing.hit_rate for a in answers)
+        fractions = roofline_fractions(running, found, name)
         table.add_row(
             name,
             median_ms([a.tpot_s for a in answers]),
             f"{statistics.median(speeds):.2f}",
             f"{min(speeds):.2f} to {max(speeds):.2f}",
+            f"{statistics.median(fractions):.2f}",
             f"{statistics.mean(recalls):.3f}" if recalls else "",
             f"{hit_rate:.3f}",
             *(median_ms([seconds]) for seconds in processor.values()),
@@ -300,12 +336,14 @@ def print_speeds(console: Console, title: str, found: dict[str, list[Answer]]) -
         lines[name] = {
             "of_resident": speeds,
             "tpot_s": [a.tpot_s for a in answers],
+            "roofline_fraction": fractions,
+            "loaded_bytes_per_token": statistics.mean(a.loaded_bytes for a in answers),
             "hit_rate": hit_rate,
             "recall": statistics.mean(recalls) if recalls else None,
             "processor_s": processor,
         }
     console.print(table)
-    return {"variants": lines}
+    return {"variants": lines, **found.about_rounds()}
 
 
 def print_rows(console: Console, title: str, rows: list[dict[str, float]]) -> None:

@@ -2,7 +2,8 @@
 
 That is what drafts cost in computing alone: the trunk, and the experts of all positions. Loads come on top of it where
 there is no cache; how many distinct experts a pass needs is counted here. The text is real, the model the embedded one
-in float32, one thread. Lengths are measured in turns.
+in float32, one thread. Lengths are measured in turns. Nothing is loaded, so the roofline is the memory's: the trunk and
+those experts, read once by one thread (``roofline_fraction``).
 """
 
 import statistics
@@ -12,7 +13,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from benchmarks.harness import Figure, arguments, figure, in_turns, ratios, report
+from benchmarks.harness import Figure, arguments, figure, in_turns, ratios, read_bandwidth, report
+from benchmarks.roofline import MEMORY_FLOOR, active_bytes, floor_s
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
 from raymoe.engine.dispatch import Dispatcher
@@ -103,10 +105,16 @@ def main() -> None:
             reading.pass_s(positions)
     finally:
         close()
+    bandwidth = read_bandwidth(1)
     figures = [figure(f"pass_{n}", [1000 * value for value in measured[str(n)]], "ms") for n in POSITIONS]
     figures += [figure(f"pass_{n}_vs_1", ratios(measured[str(n)], measured["1"]), "x") for n in POSITIONS[1:]]
     distinct = {n: statistics.mean(counting.counts[n]) for n in POSITIONS}
     figures += [figure(f"experts_{n}", [distinct[n]], "per layer") for n in POSITIONS]
+    for n in POSITIONS:
+        floor = floor_s(resident_s=active_bytes(service.checkpoint, distinct[n]) / bandwidth)
+        figures.append(
+            figure(f"roofline_fraction_{n}", [floor / value for value in measured[str(n)]], "", MEMORY_FLOOR)
+        )
     figures += depths({n: statistics.median(measured[str(n)]) for n in POSITIONS}, distinct)
     report("passes of several positions, everything resident, one thread", figures, {"rounds": ROUNDS}, options.json)
 

@@ -12,7 +12,6 @@ from raymoe.config import (
     PredictorConfig,
     SchedulingConfig,
     ServingConfig,
-    StrictModel,
     TrunkConfig,
     UserConfig,
 )
@@ -26,6 +25,7 @@ from raymoe.planning.cluster import (
     PredictorSpec,
     TimesSpec,
 )
+from raymoe.strict import StrictModel
 
 SECTIONS: dict[str, type[StrictModel]] = {
     "the file": ClusterConfig,

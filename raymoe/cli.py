@@ -220,7 +220,7 @@ def synth(
 ) -> None:
     """Write a checkpoint with random weights, for benchmarks. It has no tokenizer: prompts are token ids."""
     check_dtype(dtype, allow_auto=False)
-    from raymoe.config import parse_size_bytes
+    from raymoe.strict import parse_size_bytes
 
     try:
         size_bytes = parse_size_bytes(size)

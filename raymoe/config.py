@@ -3,46 +3,17 @@
 Everything here is strict (unknown fields are refused) and immutable, and imports neither torch nor Ray.
 """
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from raymoe.errors import ConfigError
 from raymoe.presets import SHADOW_PRESETS
+from raymoe.strict import Bytes, StrictModel, read_mapping, validated, within
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-moe"
 """The small trained checkpoint that ships with the package."""
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_size_bytes(value: Any) -> Any:
-    """Turn ``"4MiB"``, ``"200MB"`` or a number into bytes; leave other types to pydantic's own message."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f'"{value}" is not a size; write bytes as a number or as "4MiB", "200MB", "1.5GiB"')
-    return round(float(match[1]) * _UNITS[match[2].upper()])
-
-
-Bytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(gt=0)]
-
-
-def within(low: float, high: float) -> AfterValidator:
-    """Refuse numbers outside of ``low`` to ``high``; the message names the number and both bounds."""
-
-    def check(value: float) -> float:
-        if not low <= value <= high:
-            raise ValueError(f"is {value:g}; allowed is {low:g} to {high:g}")
-        return value
-
-    return AfterValidator(check)
-
 
 Alpha = Annotated[float, within(0, 1)]
 
@@ -56,12 +27,6 @@ def parse_layers(value: Any) -> Any:
 
 
 Layers = Annotated[int | tuple[int, ...], BeforeValidator(parse_layers)]
-
-
-class StrictModel(BaseModel):
-    """Base of all configuration: immutable, and a misspelt field is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ModelConfig(StrictModel):
@@ -249,10 +214,7 @@ class SchedulingConfig(StrictModel):
         fixed = [name for name in FIXED_SCHEDULING if name in changes and changes[name] != getattr(self, name)]
         if fixed:
             raise ConfigError(f"scheduling.{fixed[0]} can't be changed while the model runs; restart it instead")
-        try:
-            return SchedulingConfig.model_validate({**self.model_dump(), **changes})
-        except ValidationError as error:
-            raise ConfigError(f"scheduling: {describe(error)}") from error
+        return validated(SchedulingConfig, {**self.model_dump(), **changes}, "scheduling")
 
 
 DEFAULT_ALPHA = 0.25  # SMoE's most careful setting, and what "balanced" stands for
@@ -274,10 +236,9 @@ class UserConfig(StrictModel):
     @classmethod
     def settings(cls, data: Any, scheduling: SchedulingConfig) -> SchedulingConfig:
         """``scheduling`` of the cluster configuration as ``data`` changes it. Raises ConfigError naming the field."""
+        changes = validated(cls, data, "user_config").scheduling
         try:
-            return scheduling.changed(cls.model_validate(data).scheduling)
-        except ValidationError as error:
-            raise ConfigError(f"user_config: {describe(error)}") from error
+            return scheduling.changed(changes)
         except ConfigError as error:
             raise ConfigError(f"user_config: {error}") from error
 
@@ -450,58 +411,9 @@ class ClusterConfig(StrictModel):
     def load(cls, path: str | Path) -> "ClusterConfig":
         """Read a YAML file. Raises ConfigError naming the file and every wrong field."""
         file = Path(path)
-        try:
-            text = file.read_text()
-        except OSError as error:
-            raise ConfigError(f"can't read the cluster config {file}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{file} is not a text file: {error}") from error
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file} is not valid YAML: {error}") from error
-        if not isinstance(data, dict):
-            raise ConfigError(
-                f"{file} must hold a mapping with keys such as model, devices; found {type(data).__name__}"
-            )
-        return cls.parse(data, where=str(file))
+        return cls.parse(read_mapping(file, "cluster config", "keys such as model, devices"), where=str(file))
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, where: str = "cluster config") -> "ClusterConfig":
         """Validate a mapping. Raises ConfigError with one line per wrong field."""
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise ConfigError(f"{where}: {describe(error)}") from error
-
-
-Options = TypeVar("Options", bound=StrictModel)
-
-
-def parse_options(model: type[Options], options: dict[str, Any]) -> Options:
-    """A section of the configuration from a command's options. Raises ConfigError that names the option."""
-    try:
-        return model.model_validate(options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
-        if not first["loc"]:  # options that do not go together: the message names them
-            raise ConfigError(message) from error
-        option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"{option}: {message}, not {first['input']!r}") from error
-
-
-def describe(error: ValidationError) -> str:
-    """One line per wrong field: its path, what is wrong, what was given."""
-    lines = []
-    errors = error.errors()
-    for item in errors:
-        within = any(other is not item and other["loc"][: len(item["loc"])] == item["loc"] for other in errors)
-        if item["type"] == "too_short" and within:  # a list is only short because its items are wrong
-            continue
-        place = ".".join(str(part) for part in item["loc"]) or "(whole)"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "no such field; check the spelling against docs/configuration.md"
-        lines.append(f"{place}: {message}")
-    return "; ".join(lines)
+        return validated(cls, data, where)

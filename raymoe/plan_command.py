@@ -40,10 +40,11 @@ def plan(
     """
     if tpot_ms is not None and not tpot_ms > 0:
         raise ConfigError(f"--tpot-ms is {tpot_ms:g}; it must be more than 0")
-    from raymoe.config import ModelConfig, parse_options
+    from raymoe.config import ModelConfig
     from raymoe.planning.cluster import DevicesFile
     from raymoe.planning.layout import cluster_of
     from raymoe.planning.plan import as_dict, make_plan
+    from raymoe.strict import parse_options
 
     parse_options(ModelConfig, {"dtype": dtype})
     devices = DevicesFile.load(cluster)
@@ -226,7 +227,7 @@ def show(made: "Plan") -> None:
 
 def devices_table(made: "Plan", emulated: str) -> Any:
     """Who has which part."""
-    columns = ("Device", "Hardware", "Holds", "Trunk and shadow", "Slots", "Experts owned")
+    columns = ("Device", "Hardware", "Holds", "Trunk and shadow", "Slots", "Kept by joint", "Experts owned")
     table = terminal.plain_table(f"Devices{emulated}", columns)
     cluster = made.cluster
     for room in made.rooms[:SHOWN_DEVICES]:
@@ -241,6 +242,7 @@ def devices_table(made: "Plan", emulated: str) -> Any:
             if is_there
         ]
         slots = room.slot_bytes // made.facts.expert_bytes
+        keeps = None if made.keeps is None or device.is_unified else made.keeps.get(device.name)
         owned = "" if made.owned is None or not device.serves_experts else f"{made.owned.get(device.name, 0):,}"
         table.add_row(
             device.name,
@@ -248,6 +250,7 @@ def devices_table(made: "Plan", emulated: str) -> Any:
             ", ".join(holds),
             terminal.format_bytes(room.fixed_bytes) if room.fixed_bytes else "",
             "resident" if device.is_unified and slots else f"{slots:,}" if slots else "",
+            "" if keeps is None else f"{keeps:,}",
             owned,
         )
     if len(made.rooms) > SHOWN_DEVICES:

@@ -60,7 +60,8 @@ def evaluate(
 
     The model decodes text on this CPU, several pieces in lockstep; a shadow is aligned with it as the options say.
     """
-    from raymoe.config import ModelConfig, PredictorConfig, parse_options
+    from raymoe.config import ModelConfig, PredictorConfig
+    from raymoe.strict import parse_options
 
     options = {"kind": kind, "token_align_every": token_align_every, "kv_align_every": kv_align_every}
     cost = {"preset": preset, "bits": bits, "top_k": top_k, "skip_layers": layers_given(skip_layers)}

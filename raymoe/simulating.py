@@ -33,8 +33,21 @@ def simulate(
     like: Annotated[
         str | None, typer.Option(help="Sizes of a known model: for a synthetic trace, or in place of the trace's own.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of policy importance; omitted: as the file says.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of importance and joint; omitted: as the file says.")] = None,
+    spare_slots: Annotated[
+        int | None,
+        typer.Option(
+            help="Slots of each worker beyond those that experts pass through, in place of its slot_memory: "
+            "policy joint keeps experts there."
+        ),
+    ] = None,
     drafts: Annotated[int, typer.Option(help="Most drafted tokens that one pass verifies.")] = 0,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of tokens that the shadow guesses, each draft for itself; omitted: as the trace has it."
+        ),
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Length of the prompt, for TTFT.")] = 16,
     popularity: Annotated[float, typer.Option(help="Synthetic: exponent of Zipf's law over experts.")] = 0.6,
     persistence: Annotated[float, typer.Option(help="Synthetic: how often an expert is chosen again.")] = 0.3,
@@ -47,13 +60,24 @@ def simulate(
     and the network take the time that the devices file says or implies.
     """
     from raymoe.planning.cluster import DevicesFile
-    from raymoe.simulation.run import POLICIES
+    from raymoe.simulation.run import POLICIES, with_agreement
 
     devices = DevicesFile.load(cluster)
     options = {"popularity": popularity, "persistence": persistence, "seed": seed}
     routing = open_trace(trace, like, steps, options, devices)
+    if acceptance is not None:
+        routing = with_agreement(routing, acceptance, seed)
     wanted: list[str] = list(policy) if policy else [name for name in POLICIES if can_run(name, routing, devices)]
-    results = run(routing, devices, wanted, steps, devices.alpha if alpha is None else alpha, drafts, prompt_tokens)
+    results = run(
+        routing,
+        devices,
+        wanted,
+        steps=steps,
+        alpha=devices.alpha if alpha is None else alpha,
+        spare_slots=spare_slots,
+        drafts=drafts,
+        prompt_tokens=prompt_tokens,
+    )
     if as_json:
         typer.echo(json.dumps([result.as_dict(SHOWN_DEVICES) for result in results], indent=2))
     else:
@@ -97,26 +121,30 @@ def forecast_quality(devices: "DevicesFile") -> tuple[float, float]:
 
 def can_run(policy: str, trace: "RoutingTrace", devices: "DevicesFile") -> bool:
     """Whether there is what a policy needs."""
-    return policy != "importance" or trace.scores_NLE is not None
+    from raymoe.simulation.run import SCORED
+
+    return policy not in SCORED or trace.scores_NLE is not None
 
 
 def run(
     trace: "RoutingTrace",
     devices: "DevicesFile",
     policies: list[str],
+    *,
     steps: int | None,
     alpha: float,
+    spare_slots: int | None,
     drafts: int,
     prompt_tokens: int,
 ) -> list["SimResult"]:
-    """One result per policy."""
-    from raymoe.simulation.run import check, simulate
+    """One result per policy; drafts are of those that have a shadow."""
+    from raymoe.simulation.run import FORETOLD, check, simulate
     from raymoe.simulation.setting import setting_of
 
     setting = setting_of(devices, trace.shape)
     wanted = trace.steps if steps is None else steps
     for policy in policies:
-        check(trace, setting, policy, wanted, drafts if policy == "on_demand_shadow" else 0)
+        check(trace, setting, policy, wanted, drafts if policy in FORETOLD else 0, spare_slots)
     results = []
     with terminal.Progress() as progress:
         for policy in policies:
@@ -128,7 +156,8 @@ def run(
                     policy,  # type: ignore[arg-type]  # checked above
                     steps=wanted,
                     alpha=alpha,
-                    drafts=drafts if policy == "on_demand_shadow" else 0,
+                    spare_slots=spare_slots,
+                    drafts=drafts if policy in FORETOLD else 0,
                     prompt_tokens=prompt_tokens,
                 )
             )

@@ -90,6 +90,19 @@ class Routing:
         """Mean share of the chosen experts' gate scores that was replaced, from 0 (exact) to 1."""
         return self.replaced_mass / self.decisions if self.decisions else 0.0
 
+    def spread(self, rows: int) -> list["Routing"]:
+        """What so many rows of one step cost together, as evenly for each as whole numbers allow."""
+        totals = {name: getattr(self, name) for name in self.__slots__}
+        return [
+            Routing(
+                **{
+                    name: total // rows + (row < total % rows) if isinstance(total, int) else total / rows
+                    for name, total in totals.items()
+                }
+            )
+            for row in range(rows)
+        ]
+
     def __add__(self, other: "Routing") -> "Routing":
         return Routing(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
 

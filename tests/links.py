@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from raymoe.transport.shadow import FromShadow, News
+from raymoe.transport.shadow_messages import FromShadow, News
 
 
 @dataclass

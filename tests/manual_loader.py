@@ -76,6 +76,10 @@ class ManualLoader:
         self.tickets[identifier] = ticket
         return ticket
 
+    def running(self) -> list[ManualTicket]:
+        """Loads that have not ended."""
+        return [ticket for ticket in self.tickets.values() if not ticket.done]
+
     def set_clock(self) -> None:
         pass
 

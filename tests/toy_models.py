@@ -9,6 +9,7 @@ Comments in the table name what a system that intercepts `experts(hidden_states,
 top_k_weights)` has to expect of that architecture.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -480,6 +481,9 @@ TOYS: dict[str, dict[str, Any]] = {
 
 EXCLUDED: dict[str, str] = {}
 
+Toys = Callable[[str], Path]
+"""The saved toy of a model type."""
+
 
 def causal_moe_types() -> dict[str, str]:
     """Model type to causal class name, for every architecture whose experts can be swapped out."""
@@ -523,6 +527,12 @@ def reference_tokens(model: PreTrainedModel, prompt: list[int], max_new_tokens: 
         pad_token_id=0,
     )
     return output[0, len(prompt) :].tolist()
+
+
+def reference_at(path: Path, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """The same of a checkpoint, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return reference_tokens(model, prompt, max_new_tokens)
 
 
 def _modeling_source(model_type: str) -> str:

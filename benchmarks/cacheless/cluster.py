@@ -5,6 +5,7 @@ the shadow's alignment and its honesty can be changed between measurements witho
 holds two workers over the same memory: one with everything resident, one with few slots.
 """
 
+import math
 import multiprocessing
 import os
 import time
@@ -35,12 +36,15 @@ from raymoe.transport.shadow import ShadowClient
 from raymoe.transport.sockets import KeyPair
 from raymoe.types import DeviceName
 
+ROW_MORE = 0.18  # of the time of one row: a pass of 9 positions takes 2.41 x one of a single position
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """Emulated devices: what each takes at least, in seconds per MoE layer. All of it is still computed.
+    """Emulated devices: what each takes at least in an MoE layer, a worker per expert. All of it is still computed.
 
-    Ten processes on two cores measure how the cores are shared; devices of their own would not share them.
+    Ten processes on two cores measure how the cores are shared; devices of their own would not share them. A row more
+    takes a device ``ROW_MORE`` of that longer, as it takes this machine (``benchmarks.passes``).
     """
 
     main_s: float = 0.0
@@ -98,6 +102,7 @@ class Far:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=target, args=(theirs, *args), name=name, daemon=True)
         self._process.start()
+        theirs.close()  # so that both sides hear when the other one has ended
 
     def hear(self, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
         """What it says next."""
@@ -123,15 +128,15 @@ class Far:
 
 
 class Metronome:
-    """Lets no beat come sooner than ``beat_s`` after the one before."""
+    """Lets nothing end sooner than some beats of ``beat_s`` after it has begun. Used by one thread."""
 
     def __init__(self) -> None:
         self.beat_s = 0.0
         self._last_s = 0.0
 
-    def wait(self) -> None:
-        """Until the beat is due."""
-        remaining_s = self._last_s + self.beat_s - time.perf_counter()
+    def wait(self, beats: float = 1.0) -> None:
+        """Until so many beats have passed since the last one."""
+        remaining_s = self._last_s + beats * self.beat_s - time.perf_counter()
         if remaining_s > 0:
             time.sleep(remaining_s)
 
@@ -143,6 +148,15 @@ class Metronome:
 def settle_down() -> None:
     """One thread of torch, as a small device has to spare."""
     torch.set_num_threads(1)
+
+
+def heard(pipe: Connection) -> tuple[Any, ...]:
+    """What the main process asks; to stop, where it has ended without a word."""
+    try:
+        question: tuple[Any, ...] = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        return ("stop",)
+    return question
 
 
 def run_worker(pipe: Connection, config: ClusterConfig, index: int, clients: set[bytes]) -> None:
@@ -167,7 +181,7 @@ def run_worker(pipe: Connection, config: ClusterConfig, index: int, clients: set
         for name, worker in (("bounded", bounded), ("resident", resident))
     }
     pipe.send({name: server.endpoint for name, server in servers.items()})
-    while (question := pipe.recv())[0] != "stop":
+    while (question := heard(pipe))[0] != "stop":
         if question[0] == "link":
             assert isinstance(bounded._link, EmulatedLink)
             bounded._link.bytes_per_s = question[1]
@@ -186,18 +200,19 @@ def run_worker(pipe: Connection, config: ClusterConfig, index: int, clients: set
 
 
 def keep_pace(worker: Any, metronome: Metronome) -> None:
-    """Let a worker's computing take as long as an emulated device's; loads are waited for before."""
-    own = worker.finish
+    """Let a worker's computing take as long as an emulated device's; its loads go on meanwhile."""
 
-    def finish(begun: Any) -> Any:
-        waited_s = time.perf_counter()
-        answer = own(begun)
-        # what was waited for loads is no computing: the pace begins with what was left after it
-        metronome._last_s = max(waited_s, time.perf_counter() - answer.compute_s)
-        metronome.wait()
-        return answer
+    def paced(compute: Any) -> Any:
+        def compute_in_time(table: Any, index_P: np.ndarray, hidden_RH: torch.Tensor, rows_P: np.ndarray) -> Any:
+            metronome.start()
+            output_PH = compute(table, index_P, hidden_RH, rows_P)
+            experts = len(np.unique(index_P))
+            metronome.wait(experts + ROW_MORE * (len(index_P) - experts))
+            return output_PH
 
-    worker.finish = finish
+        return compute_in_time
+
+    worker._computes = [paced(compute) for compute in worker._computes]
 
 
 def run_shadow(pipe: Connection, config: ClusterConfig, engine_key: bytes, keys: KeyPair) -> None:
@@ -241,7 +256,7 @@ def run_shadow(pipe: Connection, config: ClusterConfig, engine_key: bytes, keys:
         drawn = np.stack([random.choice(experts, shape[1], replace=False) for _ in range(shape[0])])
         honest(replace(forecast, experts_TK=drawn))
 
-    while (question := pipe.recv())[0] != "stop":
+    while (question := heard(pipe))[0] != "stop":
         if question[0] == "align":
             host.shadow.alignment = question[1]
             host.shadow.on_forecast = at_random if question[2] else honest
@@ -276,6 +291,7 @@ class Cluster:
     def __init__(self, setup: Setup, stack: ExitStack) -> None:
         self.setup = setup
         self._metronome = Metronome()
+        self._load_s = math.inf  # until it is set
         self.checkpoint = open_checkpoint(setup.model, "float32")
         self.sizes = self.checkpoint.sizes()
         self.expert_bytes = max(size.expert_bytes for size in self.sizes)
@@ -358,9 +374,9 @@ class Cluster:
         service = ModelService(self.checkpoint, config, dispatcher, on_forecast=on_forecast, link=link)
         route = service.experts.route
 
-        def route_in_time(*arguments: Any) -> Any:
-            self._metronome.wait()
-            return route(*arguments)
+        def route_in_time(layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
+            self._metronome.wait(1 + ROW_MORE * (len(experts_TK) - 1))
+            return route(layer, experts_TK, weights_TK)
 
         service.experts.route = route_in_time  # type: ignore[method-assign, assignment]
         stack.callback(service.close)
@@ -370,6 +386,12 @@ class Cluster:
         """Let one load take so long on every link."""
         for worker in self._workers:
             worker.ask("link", self.expert_bytes / load_s)
+        self._load_s = load_s
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """Of all links together, as they are emulated now."""
+        return self.setup.workers * self.expert_bytes / self._load_s
 
     def set_pace(self, pace: Pace) -> None:
         """Emulate devices of this pace; ``Pace()`` is as fast as this machine can."""
@@ -380,7 +402,7 @@ class Cluster:
     def align(self, alignment: Alignment, *, at_random: bool = False) -> None:
         """How the shadow follows the model from the next sequence on, and whether it forecasts or draws lots."""
         if self._shadow is not None:
-            self._shadow.ask("align", alignment, at_random)
+            self._shadow.ask("align", replace(alignment, drafts=self.setup.drafts), at_random)
 
     def counts(self) -> ShadowCounts:
         """The shadow's totals. Raises RuntimeError where it has failed."""
@@ -396,8 +418,13 @@ class Cluster:
         shadow_s = 0.0 if self._shadow is None else self._shadow.ask("processor")
         return {"main": time.process_time(), "shadow": shadow_s, "workers": workers_s}
 
+    @property
+    def slot_bytes(self) -> int:
+        """Memory for experts of all workers, where not everything is resident."""
+        return self.setup.workers * self.setup.slots * self.expert_bytes
+
     def peak_slot_bytes(self) -> int:
-        """Of all workers."""
+        """What of it was in use at once, at most."""
         return sum(worker.ask("report").peak_slot_bytes for worker in self._workers)
 
 

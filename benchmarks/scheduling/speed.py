@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from benchmarks.roofline import floor_s, needed_bytes
 from benchmarks.scheduling.setup import DOMAINS, Bench, EmulatedLinkTimes
 from raymoe.config import SchedulingConfig
 from raymoe.types import Routing
@@ -52,9 +53,10 @@ def variants(part: str) -> dict[str, SchedulingConfig]:
 
 @dataclass(slots=True)
 class Timed:
-    """What one variant took: per text its mean step, and totals."""
+    """What one variant took: per text its mean step and the bytes a step had to load, and totals."""
 
     tpot_s: list[float] = field(default_factory=list)
+    moved_bytes: list[float] = field(default_factory=list)
     nll: list[np.ndarray] = field(default_factory=list)
     routing: Routing = field(default_factory=Routing)
 
@@ -69,6 +71,7 @@ class Measured:
     """One run of all variants."""
 
     link: EmulatedLinkTimes
+    link_bytes_per_s: float
     loads_per_layer: float
     by_name: dict[str, Timed]
 
@@ -76,6 +79,14 @@ class Measured:
         """By how much less time per token than LRU, text by text."""
         pairs = zip(self.by_name[name].tpot_s, self.by_name[LRU].tpot_s, strict=True)
         return [1 - mine / lru for mine, lru in pairs]
+
+    def roofline_fraction(self, name: str) -> list[float]:
+        """Share of the roofline of its own loads, text by text; everything resident is the computing."""
+        mine, resident_s = self.by_name[name], min(self.by_name[RESIDENT].tpot_s)
+        return [
+            floor_s(resident_s=resident_s, moved_bytes=moved, link_bytes_per_s=self.link_bytes_per_s) / took_s
+            for moved, took_s in zip(mine.moved_bytes, mine.tpot_s, strict=True)
+        ]
 
 
 def batches(bench: Bench, rows: int, tokens: int, count: int) -> list[list[list[int]]]:
@@ -122,10 +133,14 @@ def measure(
                 result = bench.run(variant, ids_BT)
                 if number:
                     timed[name].tpot_s.append(float(result.step_s.mean()))
+                    timed[name].moved_bytes.append(
+                        needed_bytes(result.routing, bench.expert_bytes) / len(result.step_s)
+                    )
                     timed[name].nll.append(result.nll_BN)
                     timed[name].routing += result.routing
             progress(f"batch {rows}: text {number} of {count}")
-    return Measured(link=link, loads_per_layer=loads, by_name=timed)
+    rate = bench.expert_bytes / link.load_s
+    return Measured(link=link, link_bytes_per_s=rate, loads_per_layer=loads, by_name=timed)
 
 
 def start(bench: Bench, name: str, scheduling: SchedulingConfig, link: EmulatedLinkTimes):

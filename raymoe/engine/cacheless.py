@@ -26,7 +26,7 @@ from raymoe.engine.prefill import PrefillPlanner
 from raymoe.experts.call import ExpertAnswer, LoadOrder
 from raymoe.model.router import Router
 from raymoe.model.runner import SequenceState
-from raymoe.transport.shadow import Plan
+from raymoe.transport.shadow_messages import Plan
 from raymoe.types import DeviceName, Routing, SamplingRecipe, StepId
 
 log = logging.getLogger(__name__)
@@ -93,15 +93,19 @@ class CachelessScheduler:
         foresight.routed(layer, chosen_TK)
         if self._history is not None:
             self._routed.append(chosen_TK)
-        decodes = foresight.step is not None and not foresight.in_prompt
-        if tokens > MOST_DECODE_TOKENS and not decodes:
+        if self._reads_prompt(tokens):
             return self._compute_prompt(layer, hidden_TH, experts_TK)
         plan = foresight.plan(layer)
         meanwhile = nothing
-        if self._forecast is not None and foresight.step is not None and decodes:
+        if self._forecast is not None and foresight.step is not None and not foresight.in_prompt:
             forecast, step = self._forecast, foresight.step
             meanwhile = lambda: self._foretell(forecast, step, layer, k)  # noqa: E731 - a closure over this step
         return self._ask(layer, hidden_TH, experts_TK, meanwhile, plan)
+
+    def _reads_prompt(self, tokens: int) -> bool:
+        """Whether the forward in hand reads so much of a prompt that most experts are needed."""
+        decodes = self.foresight.step is not None and not self.foresight.in_prompt
+        return tokens > MOST_DECODE_TOKENS and not decodes
 
     def _ask(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 from predictor.forecast import LayerForecast
 from raymoe.experts.call import LoadOrder
 from raymoe.placement.assignment import Fleet, assign, in_order_of_need, reassign
-from raymoe.transport.shadow import Plan
+from raymoe.transport.shadow_messages import Plan
 from raymoe.types import DeviceName, StepId
 
 MOST_REMEMBERED = 4096  # layers of sequences; forgetting one makes an expert loaded twice, no more
@@ -54,11 +54,19 @@ class Conductor:
         experts_N = in_order_of_need(forecast.experts_TK)
         before = self._before(forecast)
         workers_N = self._hand_out(experts_N, forecast.layer, before.workers)
+        self._send_orders(forecast, experts_N, workers_N, before)
+        return plan_of(forecast, experts_N, workers_N)
+
+    def _send_orders(
+        self, forecast: LayerForecast, experts_N: np.ndarray, workers_N: np.ndarray, before: _Ordered
+    ) -> list[int]:
+        """Order what was not ordered before, which is noted; returns the workers that were told something."""
         fresh_N = np.array([expert not in before.workers for expert in experts_N.tolist()], dtype=bool)
         before.workers.update(zip(experts_N.tolist(), workers_N.tolist(), strict=True))
-        for worker in np.unique(workers_N[fresh_N]).tolist():
+        told: list[int] = np.unique(workers_N[fresh_N]).tolist()
+        for worker in told:
             self._order(worker, forecast, experts_N[fresh_N & (workers_N == worker)])
-        return plan_of(forecast, experts_N, workers_N)
+        return told
 
     def _before(self, forecast: LayerForecast) -> _Ordered:
         """What was ordered for the forecast's layer of its step, in its epoch."""

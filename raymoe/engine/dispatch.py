@@ -18,7 +18,7 @@ from raymoe.errors import ExpertUnavailableError
 from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder, layer_and_expert
 from raymoe.experts.worker import Begun
 from raymoe.placement.assignment import Fleet, reassign
-from raymoe.transport.shadow import Plan
+from raymoe.transport.shadow_messages import Plan
 from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing, StepId
 
 

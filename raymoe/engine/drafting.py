@@ -103,10 +103,17 @@ class Acceptance:
 
 @dataclass(slots=True)
 class _Drafted:
-    """One sequence. ``depth`` is how many drafts its next pass may read: as many as the shadow was told."""
+    """One sequence.
+
+    Attributes:
+        depth: how many drafts its next pass may read: as many as the shadow was told.
+        within: how many the shadow had ready lately. Where it is hardly faster than the model, more would be told it
+            than it can guess in time, and what it has loads ordered for would be other passes than those that come.
+    """
 
     acceptance: Acceptance
     depth: int
+    within: int
     passes: int = 0
 
 
@@ -132,7 +139,7 @@ class Drafting:
     def begin(self, sequence: int) -> None:
         """A prompt is about to be read."""
         acceptance = Acceptance(self.overall.rate * ASSUMED_GUESSES, ASSUMED_GUESSES)
-        drafted = _Drafted(acceptance, 0)
+        drafted = _Drafted(acceptance, 0, self.most)
         self.source.coming = drafted.depth = self._depth(drafted)
         self._sequences[sequence] = drafted
 
@@ -141,11 +148,14 @@ class Drafting:
         drafted = self._sequences.get(sequence)
         if drafted is None:
             return None
-        drafts, held = self.source.guesses(sequence, token, max(0, min(drafted.depth, room)))
-        unknown = (place for place, draft in enumerate(drafts) if draft >= self.vocabulary)
-        drafts = drafts[: next(unknown, len(drafts))]
+        known, held = self.source.guesses(sequence, token, self.most)
+        unknown = (place for place, draft in enumerate(known) if draft >= self.vocabulary)
+        known = known[: next(unknown, len(known))]
+        drafts = known[: max(0, min(drafted.depth, room))]
         if held is not None:
             self._learn(drafted, held)
+        if held is not False:  # where the shadow had to begin anew, it is not known how far ahead it gets
+            drafted.within = len(known)
         drafted.passes += 1
         self.source.coming = drafted.depth = self._depth(drafted)
         self.source.reads(sequence, drafts)
@@ -176,8 +186,8 @@ class Drafting:
         best = best_drafts(drafted.acceptance.rate, seconds, loads.times(self.load_s()), self.most)
         turn = drafted.passes % (2 * TRIED_EVERY)
         if drafted.passes and turn in (0, TRIED_EVERY):
-            return min(max(best + (1 if turn else -1), 0), self.most)
-        return best
+            best = min(max(best + (1 if turn else -1), 0), self.most)
+        return min(best, drafted.within)
 
 
 def _means(costs: dict[int, Cost]) -> dict[int, float]:

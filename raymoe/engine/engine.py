@@ -1,8 +1,8 @@
 """The engine: a step loop over a set of requests.
 
 One thread owns the model and every sequence. Others submit and cancel; answers go out through a callback, in
-chunks. Each step runs one pass of every running request, which makes a token, or several where a shadow guessed them;
-then it admits waiting ones.
+chunks. Each step runs one pass of all running requests, in which each makes a token; or a pass of each, where the
+architecture or the policy lets no rows join, or a shadow guesses several tokens. Then it admits waiting ones.
 """
 
 import itertools
@@ -11,18 +11,21 @@ import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from raymoe.config import SchedulingConfig, TrunkConfig
 from raymoe.engine.drafting import Drafting
 from raymoe.engine.request import Chunk, SamplingParams, TokenLogprob, Usage
 from raymoe.engine.sampling import Sampler, SamplingDefaults
-from raymoe.engine.scheduler_protocol import Scheduler
+from raymoe.engine.scheduler_protocol import RowScheduler, Scheduler
 from raymoe.engine.sequence import EngineReport, OnChunk, RequestId, Sequence
 from raymoe.engine.text import Decoder, TextStream
-from raymoe.errors import EngineStoppedError, OverloadedError, RequestError
+from raymoe.errors import EngineStoppedError, OverloadedError, RaymoeError, RequestError
 from raymoe.model.runner import Runner
 from raymoe.model.trials import make_cuttable
 from raymoe.placement.alpha import AlphaControl
@@ -222,10 +225,15 @@ class Engine:
         self._end_all(EngineStoppedError(f"the engine stopped: {self._failure or 'shut down'}"))
 
     def step(self) -> bool:
-        """One pass of every running request, then of waiting ones. Returns whether there was work."""
+        """One token of every running request at least, then of waiting ones. Returns whether there was work."""
         self._drop_cancelled()
-        for sequence in list(self._running):
-            self._advance(sequence)
+        running, experts = list(self._running), self.experts
+        joins = len(running) > 1 and self._runner.joins and self._drafting is None
+        if joins and isinstance(experts, RowScheduler):
+            self._advance_together(running, experts)
+        else:
+            for sequence in running:
+                self._advance(sequence)
         while (admitted := self._next_admitted()) is not None:
             self._advance(admitted)
         return bool(self._running or self._waiting)
@@ -248,19 +256,69 @@ class Engine:
         return tokens * self._kv_per_token <= self._config.kv_memory
 
     def _advance(self, sequence: Sequence) -> None:
-        """One pass of a request, and the tokens that it makes; an error ends this request only."""
+        """One pass of a request, and the tokens that it makes."""
+        self.experts.alpha = self._alpha_of(sequence)
+        self._guarded(sequence, partial(self._pass, sequence))
+
+    def _guarded(self, sequence: Sequence, work: Callable[[], object]) -> None:
+        """Do something for a request; an error ends this request only."""
         try:
-            self.experts.alpha = self._alpha if sequence.alpha is None else sequence.alpha
-            if sequence.state is None:
-                self._read_prompt(sequence)
-            else:
-                self._decode(sequence)
+            work()
         except Exception as error:  # one request's failure must not take the others down
             log.exception("request %d failed", sequence.id)
             self._totals["failed"] += 1
             self._remove(sequence)
             self.experts.take_cost()
             sequence.on_chunk(error)
+
+    def _pass(self, sequence: Sequence) -> None:
+        if sequence.state is not None:
+            self._decode(sequence)
+        elif not sequence.answer:
+            self._read_prompt(sequence)
+        else:  # its cache was lost in a step that failed
+            _, sequence.state = self._runner.prefill([*sequence.prompt, *sequence.answer[:-1]])
+            self._decode(sequence)
+
+    def _alpha_of(self, sequence: Sequence) -> float:
+        return self._alpha if sequence.alpha is None else sequence.alpha
+
+    def _advance_together(self, sequences: list[Sequence], experts: RowScheduler) -> None:
+        """One pass of several requests. Where it fails each goes on alone, so that errors end whom they concern."""
+        try:
+            logits_BV, costs = self._decode_together(sequences, experts)
+        except Exception as error:
+            log.exception("a step of %d requests failed; each is run alone", len(sequences))
+            if not isinstance(error, RaymoeError):  # not a worker's or a request's fault: it would fail again
+                self._runner.joins = False
+                log.warning("requests have steps of their own from now on")
+            self.experts.take_cost()
+            for sequence in sequences:
+                sequence.state = None
+                self._advance(sequence)
+            return
+        for sequence, logits_V, cost in zip(sequences, logits_BV, costs, strict=True):
+            self._account(sequence, cost)
+            self._guarded(sequence, partial(self._choose, sequence, logits_V.unsqueeze(0), []))
+
+    def _decode_together(self, sequences: list[Sequence], experts: RowScheduler) -> tuple[torch.Tensor, list[Routing]]:
+        """Read the last token of each; returns the logits after them, and what each cost."""
+        start_s = time.perf_counter()
+        alphas = [self._alpha_of(sequence) for sequence in sequences]
+        experts.alpha = alphas[0] if len(set(alphas)) == 1 else np.array(alphas)
+        states, lasts = [], []
+        for sequence in sequences:
+            assert sequence.state is not None
+            experts.read(sequence.id, sequence.answer[-1], sequence.state)
+            states.append(sequence.state)
+            lasts.append(sequence.answer[-1])
+        logits_BV = self._runner.decode_together(states, lasts)
+        took_s = time.perf_counter() - start_s
+        self._totals["decode_s"] += took_s
+        self._totals["steps"] += 1
+        follower = next((sequence for sequence in sequences if sequence.alpha is None), sequences[0])
+        self._follow_budget(follower, took_s)
+        return logits_BV, experts.take_costs(len(sequences))
 
     def _read_prompt(self, sequence: Sequence) -> None:
         if self._drafting is not None:

@@ -18,7 +18,7 @@ from raymoe.config import PredictorConfig
 from raymoe.engine.drafting import DraftBook
 from raymoe.model.kv import abilities, entries, pack
 from raymoe.model.runner import SequenceState
-from raymoe.transport.shadow import Begin, Draft, End, FromShadow, News, Plan, Token
+from raymoe.transport.shadow_messages import Begin, Draft, End, FromShadow, News, Plan, Token
 from raymoe.types import Routing, SamplingRecipe, StepId
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,8 @@ class Foresight:
         on_plan: told of each plan that comes from the shadow.
         on_forecast: told of each forecast that comes from a shadow which leaves plans to the engine.
         on_anew: told of a sequence that another shadow takes up, which makes all orders for it so far void.
+        plans_here: whether plans are made here of what the shadow foretells. Then what was not taken in was not ordered
+            either, and a layer that has come does not wait for it to be planned.
         coming: drafts that passes to come will read.
     """
 
@@ -153,6 +155,7 @@ class Foresight:
     on_plan: Callable[[Plan], None] = lambda plan: None
     on_forecast: Callable[[LayerForecast], None] = lambda forecast: None
     on_anew: Callable[[int], None] = lambda sequence: None
+    plans_here: bool = False
     coming: int = 0
     _followed: dict[int, _Followed] = field(default_factory=dict)
 
@@ -219,8 +222,11 @@ class Foresight:
         """Who was told to load what for a layer of the step under way, as far as is known now."""
         if self.step is None or self.in_prompt:
             return None
-        self.listen()
-        return self.book.plan(self.step, layer)
+        plan = self.book.plan(self.step, layer) if self.plans_here else None
+        if plan is None:
+            self.listen()
+            plan = self.book.plan(self.step, layer)
+        return plan
 
     def listen(self) -> None:
         """Take in what the shadow has told. Never waits."""

@@ -3,8 +3,8 @@
 The shadow sends its forecasts with all scores here instead of ordering loads itself. The engine plans, for it knows
 what the shadow does not: what the workers' slots hold, as answers told and orders will make it, and what alpha each
 request has. Its load orders go straight to the workers; by way of the placement actor they would take a hop more, and
-the decision is the same pure function wherever it is made. Forecasts are taken in at every layer and while workers are
-waited for.
+the decision is the same pure function wherever it is made. Forecasts are taken in while workers compute; a layer that
+has come waits only for the plan of its own.
 
 When a layer has come its router decides on its true scores. Experts that score low give way to what was planned for
 this very step or is in a slot; what was neither planned nor is at hand is loaded on demand.
@@ -22,56 +22,25 @@ import torch
 
 from predictor.forecast import Forecast, LayerForecast
 from predictor.history import HistoryForecast
-from raymoe.engine.cacheless import MOST_DECODE_TOKENS, CachelessScheduler
+from raymoe.engine.cacheless import CachelessScheduler
 from raymoe.engine.conductor import Conductor, plan_of
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.foresight import Foresight
-from raymoe.engine.substitution import Decided, per_row, substitute
+from raymoe.engine.substitution import Decided, mean_scores, per_row, substitute, warn_of_unknown
 from raymoe.model.router import Router
 from raymoe.model.router_rule import RouterRule
 from raymoe.model.runner import SequenceState
 from raymoe.placement.assignment import Fleet, in_order_of_need
+from raymoe.placement.cadence import Cadence
 from raymoe.placement.joint import plan_layer, spare_slots
+from raymoe.placement.link_queues import LinkQueues
 from raymoe.placement.similarity import Similarity
-from raymoe.transport.shadow import Plan
+from raymoe.transport.shadow_messages import Plan
 from raymoe.types import Routing, SamplingRecipe, StepId
 
 log = logging.getLogger(__name__)
 
 NOWHERE = StepId(sequence=0, position=0)  # the step of what is asked for outside of sequences
-
-
-class LinkQueues:
-    """When each link will have done what was ordered of it: an estimate, from what loads lately took.
-
-    Args:
-        loads_s: seconds per load of each worker, as measured; None where that is not known yet.
-        unit_s: what the fleet counts for a load of each worker.
-    """
-
-    def __init__(
-        self, loads_s: Callable[[], list[float | None]], unit_s: Sequence[float], clock: Callable[[], float]
-    ) -> None:
-        self._loads_s = loads_s
-        self._unit_s = unit_s
-        self._clock = clock
-        self._free_s = [0.0] * len(unit_s)
-
-    def busy(self) -> np.ndarray | None:
-        """Until each link is free, in the fleet's unit; None as long as nothing was measured somewhere."""
-        now_s = self._clock()
-        busy = []
-        for load_s, unit_s, free_s in zip(self._loads_s(), self._unit_s, self._free_s, strict=True):
-            if not load_s:
-                return None
-            busy.append(max(0.0, free_s - now_s) / load_s * unit_s)
-        return np.array(busy)
-
-    def order(self, workers_N: np.ndarray) -> None:
-        """Each of these workers was told to load one expert more."""
-        now_s, loads_s = self._clock(), self._loads_s()
-        for worker in workers_N.tolist():
-            self._free_s[worker] = max(now_s, self._free_s[worker]) + (loads_s[worker] or 0.0)
 
 
 class JointConductor(Conductor):
@@ -97,7 +66,8 @@ class JointConductor(Conductor):
         self._links = LinkQueues(dispatcher.loads_s, dispatcher.fleet.loads_s, clock)
         self._spare_W: dict[int, np.ndarray] = {}  # by experts per token
         self._epochs: dict[int, int] = {}
-        self._places: dict[int, tuple[int, int]] = {}  # by sequence: position and layer of its last call
+        self._clock = clock
+        self._cadences: dict[int, Cadence] = {}  # by sequence
         self._booked: defaultdict[int, dict[StepId, tuple[np.ndarray, np.ndarray]]] = defaultdict(dict)  # by layer
 
     @property
@@ -107,12 +77,16 @@ class JointConductor(Conductor):
 
     def is_late(self, forecast: LayerForecast) -> bool:
         """Whether its layer has come already."""
-        last = self._places.get(forecast.step.sequence)
+        cadence = self._cadences.get(forecast.step.sequence)
+        last = None if cadence is None else cadence.last
         return last is not None and (forecast.step.position, forecast.layer) <= last
 
     def called(self, step: StepId, layer: int) -> None:
         """A step has come to a layer: what was booked for that, and before, is used."""
-        self._places[step.sequence] = step.position, layer
+        cadence = self._cadences.get(step.sequence)
+        if cadence is None:
+            cadence = self._cadences[step.sequence] = Cadence(len(self._fleet.owners_LWE), self._clock)
+        cadence.called(step.position, layer)
         booked = self._booked[layer]
         for other in [s for s in booked if s.sequence == step.sequence and s.position <= step.position]:
             del booked[other]
@@ -125,43 +99,56 @@ class JointConductor(Conductor):
     def end(self, sequence: int) -> None:
         """A sequence has ended."""
         self.forget(sequence)
-        self._places.pop(sequence, None)
+        self._cadences.pop(sequence, None)
         self.alphas.pop(sequence, None)
 
     def conduct(self, forecast: LayerForecast) -> Plan:
-        """Order what the joint plan wants in slots; returns who was told what."""
+        """Order what the joint plan wants in slots and no forecast before it did for this layer of its step.
+
+        A pass of several positions is foretold one by one. What was ordered for one of them is at hand for the others.
+        """
         layer, step = forecast.layer, forecast.step
         is_new = self._begin_epoch(forecast)
+        before = self._before(forecast)
         rule = self.rules[layer] if self.rules else None
         plan = plan_layer(
             layer,
             forecast.scores_TE,
             forecast.experts_TK,
             self._fleet,
-            held_WE=self._will_hold(layer, forecast.experts_TK.shape[1]),
+            held_WE=self._will_hold(forecast),
+            ordered=before.workers,
             alpha_T=0.0 if rule is None else self.alphas.get(step.sequence, 0.0),
             busy_s_W=self._links.busy(),
+            due_s_W=self._due(forecast),
             permitted_TE=None if rule is None else rule.permitted(forecast.scores_TE),
             similarity=self.similarity,
         )
+        told = set(self._send_orders(forecast, plan.experts_N, plan.workers_N, before))
         if is_new:  # workers that it has no use for must know as well; the others hear of it by their orders
-            for worker in sorted(set(range(self._fleet.workers)) - set(plan.workers_N.tolist())):
+            for worker in sorted(set(range(self._fleet.workers)) - told):
                 self._order(worker, forecast, np.empty(0, dtype=np.int32))
-        self._booked[layer][step] = plan.experts_N, plan.workers_N
+        self._booked[layer][step] = np.array(list(before.workers)), np.array(list(before.workers.values()))
         self._links.order(plan.workers_N[plan.loads_N])
         self.planned_away += plan.replaced
-        for worker in np.unique(plan.workers_N).tolist():
-            self._order(worker, forecast, plan.experts_N[plan.workers_N == worker])
         return plan_of(forecast, plan.experts_N, plan.workers_N)
 
-    def _will_hold(self, layer: int, top_k: int) -> np.ndarray:
-        """Bool [W, E]: what is in slots now, and what was ordered for this layer of other steps.
+    def _due(self, forecast: LayerForecast) -> np.ndarray | None:
+        """Until its layer comes, in the fleet's unit; None where nobody knows."""
+        cadence = self._cadences.get(forecast.step.sequence)
+        due_s = None if cadence is None else cadence.until_s(forecast.step.position, forecast.layer)
+        return None if due_s is None else self._links.in_units(due_s)
+
+    def _will_hold(self, forecast: LayerForecast) -> np.ndarray:
+        """Bool [W, E]: what is in slots now, and what was ordered for the forecast's layer of other steps.
 
         A worker without a slot to spare keeps nothing of that until its layer comes again.
         """
+        layer, top_k = forecast.layer, forecast.experts_TK.shape[1]
         held_WE = self._dispatcher.holding(layer)
-        for experts_N, workers_N in self._booked[layer].values():
-            held_WE[workers_N, experts_N] = True
+        for step, (experts_N, workers_N) in self._booked[layer].items():
+            if step != forecast.step:
+                held_WE[workers_N, experts_N] = True
         if top_k not in self._spare_W:
             self._spare_W[top_k] = spare_slots(self._fleet, top_k)
         held_WE[~self._spare_W[top_k]] = False
@@ -198,6 +185,7 @@ class JointScheduler(CachelessScheduler):
         self.similarity = similarity
         foresight.on_forecast = self._take_forecast
         foresight.on_anew = self._begin_anew
+        foresight.plans_here = True
         dispatcher.listen(foresight.listen)
         self._decided = Decided()
         self._scores_E: np.ndarray | None = None
@@ -217,9 +205,7 @@ class JointScheduler(CachelessScheduler):
         """Take scores from these routers (one per MoE layer), and plan by these forecasts of this process."""
         super().attach(routers, forecast, history)
         self._joint.rules = [router.rule for router in routers]
-        unknown = sum(rule is None for rule in self._joint.rules)
-        if unknown:
-            log.warning("%d of %d layers route by no known rule: no expert is substituted there", unknown, len(routers))
+        warn_of_unknown(self._joint.rules)
 
     # --- what the trunk calls ---------------------------------------------------------------------------
 
@@ -230,11 +216,11 @@ class JointScheduler(CachelessScheduler):
         experts_TK, weights_TK = super().route(layer, experts_TK, weights_TK)
         self._scores_E = None
         tokens = experts_TK.shape[0]
-        if not self._routers or tokens > MOST_DECODE_TOKENS:
+        if not self._routers or self._reads_prompt(tokens):
             return experts_TK, weights_TK
         router = self._routers[layer]
         scores_TE = router.scores_or_weights(experts_TK.cpu().numpy(), weights_TK)
-        self._scores_E = scores_TE[0] if tokens == 1 else scores_TE.mean(axis=0)
+        self._scores_E = mean_scores(scores_TE)
         alpha_T = per_row(self.alpha, tokens)
         if router.rule is None or self.foresight.in_prompt or not np.any(alpha_T):
             return experts_TK, weights_TK
@@ -269,7 +255,12 @@ class JointScheduler(CachelessScheduler):
         unplanned = set(experts_TK.reshape(-1).tolist()).difference(planned)
         if unplanned:
             plan = with_residents(plan, layer, sorted(unplanned), self.dispatcher.holding(layer))
-        return self.dispatcher.compute(layer, hidden_TH, experts_TK, self._scores_E, meanwhile, step=step, plan=plan)
+
+        def listen() -> None:
+            self.foresight.listen()
+            meanwhile()
+
+        return self.dispatcher.compute(layer, hidden_TH, experts_TK, self._scores_E, listen, step=step, plan=plan)
 
     # --- forecasts --------------------------------------------------------------------------------------
 
@@ -281,14 +272,10 @@ class JointScheduler(CachelessScheduler):
             return
         if self._joint.is_late(forecast):  # nobody could load anything for it; it counts as said all the same
             experts_N = in_order_of_need(forecast.experts_TK)
-            nobody_N = np.zeros(len(experts_N), dtype=np.int32)
-            step, epoch = forecast.step, forecast.epoch
-            self.foresight.book.put(
-                Plan(step=step, epoch=epoch, layer=forecast.layer, experts_N=experts_N, workers_N=nobody_N)
-            )
+            self.foresight.book.add(plan_of(forecast, experts_N, np.zeros(len(experts_N))))
             return
         try:
-            self.foresight.book.put(self._joint.conduct(forecast))
+            self.foresight.book.add(self._joint.conduct(forecast))
         except Exception:
             log.exception("a forecast for layer %d could not be planned", forecast.layer)
 

@@ -1,8 +1,6 @@
 """Look on while the engine decodes, and note what was routed where: routing traces for ``raymoe simulate``.
 
-Stands between the engine and its trunk, and their scheduler, as ``WatchedScheduler`` does; neither knows of it.
-
-T tokens, L MoE layers, E experts, K experts per token, N steps, H hidden.
+T tokens, L MoE layers, E experts, K experts per token, N steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,19 +10,21 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from predictor.forecast import LayerForecast
 from raymoe.checkpoint.architectures import experts_modules
 from raymoe.checkpoint.checkpoint import Checkpoint
-from raymoe.config import SchedulingConfig
 from raymoe.engine.foresight import Foresight
+from raymoe.engine.onlooker import Onlooker
 from raymoe.engine.scheduler_protocol import Scheduler
 from raymoe.errors import ConfigError
 from raymoe.model.router import Router, attach_routers, backend_of
 from raymoe.model.runner import Runner, SequenceState
 from raymoe.model.trunk import ExpertBackend
+from raymoe.placement.assignment import in_order_of_need
 from raymoe.simulation.shape import ModelShape
 from raymoe.simulation.trace import RoutingTrace
-from raymoe.transport.shadow import Plan
-from raymoe.types import Routing, SamplingRecipe
+from raymoe.transport.shadow_messages import Plan
+from raymoe.types import SamplingRecipe
 
 
 @dataclass(slots=True)
@@ -37,37 +37,35 @@ class _Step:
     scores: list[np.ndarray] = field(default_factory=list)
 
 
-class RecordingScheduler:
-    """Notes every decode step of one token, and changes nothing. Used by the engine's thread.
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """What the shadow named for a layer of a step, best first."""
+
+    epoch: int
+    experts_N: np.ndarray
+
+
+class RecordingScheduler(Onlooker):
+    """Notes every decode step of one token.
 
     Attributes:
         on_step: told how many steps there are so far.
     """
 
     def __init__(self, scheduler: Scheduler, backend: ExpertBackend, routers: Sequence[Router]) -> None:
+        super().__init__(scheduler, backend)
         self.on_step: Callable[[int], None] = lambda done: None
-        self._scheduler = scheduler
-        self._backend = backend
         self._routers = routers
         self._scored = all(router.rule is not None for router in routers)
         self._steps: list[_Step] = []
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self._named: dict[tuple[int, int], _Named] = {}
         self._reads = False
         self._kv_bytes = 1
-
-    @property
-    def alpha(self) -> float | np.ndarray:
-        """The scheduler's."""
-        return self._scheduler.alpha
-
-    @alpha.setter
-    def alpha(self, alpha: float | np.ndarray) -> None:
-        self._scheduler.alpha = alpha
 
     def begin(self, sequence: int, prompt: Sequence[int], recipe: SamplingRecipe | None = None) -> None:
         """A prompt is about to be read; of it nothing is noted."""
         self._reads = False
-        self._scheduler.begin(sequence, prompt, recipe)
+        super().begin(sequence, prompt, recipe)
 
     def read(self, sequence: int, token: int, state: SequenceState) -> None:
         """One more token is about to be read."""
@@ -75,7 +73,7 @@ class RecordingScheduler:
         self._steps.append(_Step(state.length, token))
         self._kv_bytes = max(1, Runner.cache_bytes(state) // max(1, state.length))
         self.on_step(len(self._steps))
-        self._scheduler.read(sequence, token, state)
+        super().read(sequence, token, state)
 
     def route(
         self, layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -86,31 +84,26 @@ class RecordingScheduler:
             step.chosen.append(_best_first(experts_TK, weights_TK))
             if self._scored:
                 step.scores.append(router.scores_of(router.logits_TE)[0].astype(np.float16))
-        return self._backend.route(layer, experts_TK, weights_TK)
-
-    def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
-        """Outputs of experts [T, K, H]."""
-        return self._backend.compute(layer, hidden_TH, experts_TK)
-
-    def take_cost(self) -> Routing:
-        """A forward has ended."""
-        return self._scheduler.take_cost()
+        return super().route(layer, experts_TK, weights_TK)
 
     def end(self, sequence: int) -> None:
         """A sequence is finished."""
         self._reads = False
-        self._scheduler.end(sequence)
-
-    def reconfigure(self, scheduling: SchedulingConfig) -> None:
-        """Schedule by other settings."""
-        self._scheduler.reconfigure(scheduling)
+        super().end(sequence)
 
     def planned(self, plan: Plan) -> None:
-        """What the shadow named for a layer of a step; the last word counts."""
-        place = plan.step.position, plan.layer
-        before = self._plans.get(place)
-        if before is None or before.epoch <= plan.epoch:
-            self._plans[place] = plan
+        """What the shadow named for a layer of a step, and had loaded; the last word counts."""
+        self._name((plan.step.position, plan.layer), _Named(plan.epoch, plan.experts_N))
+
+    def foretold(self, forecast: LayerForecast) -> None:
+        """What it named where it leaves plans to the engine, as it is before anything is replaced."""
+        named = _Named(forecast.epoch, in_order_of_need(forecast.experts_TK))
+        self._name((forecast.step.position, forecast.layer), named)
+
+    def _name(self, place: tuple[int, int], named: _Named) -> None:
+        before = self._named.get(place)
+        if before is None or before.epoch <= named.epoch:
+            self._named[place] = named
 
     # --- afterwards -------------------------------------------------------------------------------------
 
@@ -155,19 +148,19 @@ class RecordingScheduler:
         foretold_NLK = np.full((len(steps), shape.layers, shape.top_k), -1, dtype=np.int32)
         for n, step in enumerate(steps):
             for layer in range(shape.layers):
-                plan = self._plans.get((step.position, layer))
-                if plan is not None:
-                    named = plan.experts_N[: shape.top_k]
-                    foretold_NLK[n, layer, : len(named)] = named
+                named = self._named.get((step.position, layer))
+                if named is not None:
+                    experts_K = named.experts_N[: shape.top_k]
+                    foretold_NLK[n, layer, : len(experts_K)] = experts_K
         return foretold_NLK
 
     def _guessed(self, steps: Sequence[_Step], layers: int) -> np.ndarray:
-        """A guess was wrong where the shadow began anew with its step: the epoch of its plans has risen."""
+        """A guess was wrong where the shadow began anew with its step: the epoch of what it named has risen."""
         guessed_N = np.ones(len(steps), dtype=bool)
         before = 0
         for n, step in enumerate(steps):
-            plans = [self._plans.get((step.position, layer)) for layer in range(layers)]
-            epoch = max((plan.epoch for plan in plans if plan is not None), default=before)
+            named = [self._named.get((step.position, layer)) for layer in range(layers)]
+            epoch = max((one.epoch for one in named if one is not None), default=before)
             guessed_N[n] = epoch <= before
             before = epoch
         return guessed_N
@@ -185,28 +178,32 @@ def recording(
 
     Args:
         put: makes the engine use another scheduler.
-        foresight: of the engine, where a shadow tells it plans.
+        foresight: of the engine, where a shadow tells it plans or forecasts.
     """
     routers = attach_routers(model)
     recorder = RecordingScheduler(scheduler, backend, routers)
     modules = [module for _, module in experts_modules(model)]
-    on_plan = None if foresight is None else foresight.on_plan
-    if foresight is not None and on_plan is not None:
-        own = on_plan
+    told = None if foresight is None else (foresight.on_plan, foresight.on_forecast)
+    if foresight is not None and told is not None:
+        on_plan, on_forecast = told
 
         def both(plan: Plan) -> None:
-            own(plan)
+            on_plan(plan)
             recorder.planned(plan)
 
-        foresight.on_plan = both
+        def both_of(forecast: LayerForecast) -> None:
+            on_forecast(forecast)
+            recorder.foretold(forecast)
+
+        foresight.on_plan, foresight.on_forecast = both, both_of
     put(recorder)
     try:
         with backend_of(modules, recorder):
             yield recorder
     finally:
         put(scheduler)
-        if foresight is not None and on_plan is not None:
-            foresight.on_plan = on_plan
+        if foresight is not None and told is not None:
+            foresight.on_plan, foresight.on_forecast = told
 
 
 def _best_first(experts_1K: torch.Tensor, weights_1K: torch.Tensor) -> np.ndarray:

@@ -9,7 +9,7 @@ T tokens, K experts per token, E experts, H hidden.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from predictor.forecast import Forecast
 from predictor.resident import ResidentOutput
 from raymoe.config import SchedulingConfig
 from raymoe.engine.dispatch import Dispatcher, nothing
-from raymoe.engine.substitution import Decide, Decided, per_row, substitute
+from raymoe.engine.substitution import Decide, Decided, mean_scores, per_row, substitute, warn_of_unknown
 from raymoe.model.router import Router
 from raymoe.model.runner import SequenceState
 from raymoe.placement.prefetch import lookahead, wanted
@@ -95,9 +95,8 @@ class ExpertScheduler:
         """Take scores from these routers (one per MoE layer), and forecasts by kind from there."""
         self._routers = routers
         self._forecasts = forecasts
-        unknown = sum(router.rule is None for router in routers)
-        if unknown and self._wants_scores:
-            log.warning("%d of %d layers route by no known rule: no expert is substituted there", unknown, len(routers))
+        if self._wants_scores:
+            warn_of_unknown([router.rule for router in routers])
 
     # --- what the trunk calls ---------------------------------------------------------------------------
 
@@ -148,8 +147,7 @@ class ExpertScheduler:
         meanwhile = nothing
         if forecast is not None and tokens <= MOST_FORECAST_TOKENS:
             meanwhile = lambda: self._try_to_tell(forecast, layer)  # noqa: E731 - a closure over this step
-        mean_E = scores_TE[0] if tokens == 1 else scores_TE.mean(axis=0)
-        return self.dispatcher.compute(layer, hidden_TH, experts_TK, mean_E, meanwhile)
+        return self.dispatcher.compute(layer, hidden_TH, experts_TK, mean_scores(scores_TE), meanwhile)
 
     def _try_to_tell(self, forecast: Forecast, layer: int) -> None:
         """A guess must not fail a request: forecasts run architectures' own modules."""
@@ -207,3 +205,15 @@ class ExpertScheduler:
         return self.dispatcher.take_cost() + Routing(
             decisions=decided.decisions, substituted=decided.substituted, replaced_mass=decided.replaced_mass
         )
+
+    def take_costs(self, rows: int) -> list[Routing]:
+        """The same by row of a step of one token each: each row's own substitutions, and its share of the rest."""
+        decided = self._decided
+        costs = self.take_cost().spread(rows)
+        substituted_T, mass_T = decided.substituted_T, decided.replaced_mass_T
+        if substituted_T is None or mass_T is None or len(substituted_T) != rows:
+            return costs
+        return [
+            replace(cost, substituted=int(substituted), replaced_mass=float(mass))
+            for cost, substituted, mass in zip(costs, substituted_T, mass_T, strict=True)
+        ]

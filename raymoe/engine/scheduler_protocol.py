@@ -1,7 +1,7 @@
 """What the step loop asks of whoever schedules experts."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -37,4 +37,13 @@ class Scheduler(Protocol):
 
     def reconfigure(self, scheduling: SchedulingConfig) -> None:
         """Schedule by other settings from the next step on."""
+        ...
+
+
+@runtime_checkable
+class RowScheduler(Scheduler, Protocol):
+    """A policy under which several sequences may be rows of one step; under others each has steps of its own."""
+
+    def take_costs(self, rows: int) -> list[Routing]:
+        """What a step of so many sequences cost since the last take, by row."""
         ...

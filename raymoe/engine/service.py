@@ -33,13 +33,14 @@ from raymoe.engine.record import RecordingScheduler, recording
 from raymoe.engine.request import Chunk, Result, SamplingParams, collect
 from raymoe.engine.sampling import SamplingDefaults
 from raymoe.engine.scheduler import ExpertScheduler, OnForecast
-from raymoe.engine.scheduler_protocol import Scheduler
+from raymoe.engine.scheduler_protocol import RowScheduler, Scheduler
 from raymoe.engine.watch import WatchedScheduler
 from raymoe.errors import CheckpointError, RequestError
 from raymoe.experts.build import torch_device
 from raymoe.model.emulation import Emulation
 from raymoe.model.emulation_proof import attach_emulation
 from raymoe.model.fast import use_native_kernels
+from raymoe.model.rows_proof import join_rows
 from raymoe.model.runner import Runner
 from raymoe.model.sites import MoeSite, attach_sites
 from raymoe.model.trials import why_no_trials
@@ -103,6 +104,9 @@ class ModelService:
         self.experts = experts = self._scheduler(dispatcher, on_forecast, link)
         model = build_trunk(checkpoint, experts, trunk_device)
         native = config.trunk.native_kernels and use_native_kernels(model) > 0
+        self.runner = Runner(model, single_threaded_decode=native)
+        if config.trunk.max_running > 1 and isinstance(experts, RowScheduler):
+            self._join_rows()
         self._attach_forecasts(model)
         self.tokenizer = load_tokenizer(checkpoint)
         raw = generation_config(checkpoint)
@@ -110,7 +114,6 @@ class ModelService:
         self.chat_defaults = self._chat_defaults(raw)
         text_config = checkpoint.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
-        self.runner = Runner(model, single_threaded_decode=native)
         drafting, self._drafts = self._drafting(dispatcher, text_config.vocab_size)
         self._engine = Engine(
             self.runner,
@@ -146,8 +149,6 @@ class ModelService:
         predictor, experts = self.config.predictor, self.experts
         if predictor is None or not predictor.drafts or not isinstance(experts, CachelessScheduler):
             return None, "off"
-        if isinstance(experts, JointScheduler):
-            return None, "off (policy joint plans one position at a time)"
         reason = why_no_trials(self.runner)
         if reason is not None:
             log.warning("the model reads no drafts along: %s", reason)
@@ -155,6 +156,11 @@ class ModelService:
         links = max(1, len(dispatcher.devices))
         load_s = lambda: (dispatcher.load_s() or 0.0) / links  # noqa: E731 - a closure over two locals
         return Drafting(experts.foresight, predictor.drafts, vocabulary, load_s), "on"
+
+    def _join_rows(self) -> None:
+        reason = join_rows(self.runner)
+        if reason is not None:
+            log.warning("requests decode one after the other, not as rows of one forward: %s", reason)
 
     def _attach_forecasts(self, model: PreTrainedModel) -> None:
         """Give the scheduler the forecasts that this process makes, where it has a use for them."""

@@ -22,7 +22,8 @@ from raymoe.model.kv import KvEntries, unpack
 from raymoe.observe.trace import SHADOW, Recording, Tracer
 from raymoe.placement.assignment import Fleet
 from raymoe.transport.client import WorkerClient
-from raymoe.transport.shadow import Begin, Draft, End, News, ShadowServer, Token
+from raymoe.transport.shadow import ShadowServer
+from raymoe.transport.shadow_messages import Begin, Draft, End, News, Token
 from raymoe.transport.sockets import Endpoint
 from raymoe.types import DeviceName, StepId
 

@@ -3,7 +3,8 @@
 T tokens, K experts per token, E experts.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from raymoe.model.router_rule import RouterRule
 from raymoe.placement.routing import Routed, route
 from raymoe.placement.similarity import Similarity
+
+log = logging.getLogger(__name__)
 
 Decide = Callable[..., Routed]
 """``placement.routing.route``, or what a benchmark puts in its place."""
@@ -23,28 +26,46 @@ class Substituted:
 
     Attributes:
         experts_TK, weights_TK: on the devices of the router's.
-        replaced: (token, expert) pairs that were.
-        replaced_mass: sum over tokens of the replaced experts' share of the chosen ones' gate scores.
+        replaced_T: how many of each token's pairs were; None where none was.
+        replaced_mass_T: the replaced experts' share of the chosen ones' gate scores.
     """
 
     experts_TK: torch.Tensor
     weights_TK: torch.Tensor
-    replaced: int
-    replaced_mass: float
+    replaced_T: np.ndarray | None = None
+    replaced_mass_T: np.ndarray | None = None
 
 
 @dataclass(slots=True)
 class Decided:
-    """Totals of decisions."""
+    """Totals of decisions, and of each row of a step."""
 
     decisions: int = 0
-    substituted: int = 0
-    replaced_mass: float = 0.0
+    substituted_T: np.ndarray | None = None
+    replaced_mass_T: np.ndarray | None = None
+
+    @property
+    def substituted(self) -> int:
+        """Of all rows."""
+        return 0 if self.substituted_T is None else int(self.substituted_T.sum())
+
+    @property
+    def replaced_mass(self) -> float:
+        """Of all rows."""
+        return 0.0 if self.replaced_mass_T is None else float(self.replaced_mass_T.sum())
 
     def add(self, done: Substituted) -> None:
         """Count what was replaced in one layer."""
-        self.substituted += done.replaced
-        self.replaced_mass += done.replaced_mass
+        if done.replaced_T is None or done.replaced_mass_T is None:
+            return
+        if self.substituted_T is None or self.replaced_mass_T is None:
+            self.substituted_T, self.replaced_mass_T = done.replaced_T, done.replaced_mass_T.astype(np.float64)
+        elif len(self.substituted_T) == len(done.replaced_T):
+            self.substituted_T = self.substituted_T + done.replaced_T
+            self.replaced_mass_T = self.replaced_mass_T + done.replaced_mass_T
+        else:  # another step began before these were taken: only their sums mean anything
+            self.substituted_T = np.array([self.substituted + int(done.replaced_T.sum())])
+            self.replaced_mass_T = np.array([self.replaced_mass + float(done.replaced_mass_T.sum())])
 
 
 def substitute(
@@ -76,16 +97,29 @@ def substitute(
         similarity=similarity,
         layer=layer,
     )
-    replaced = int(np.count_nonzero(routed.replaced_TK))
-    if not replaced:
-        return Substituted(experts_TK=experts_TK, weights_TK=weights_TK, replaced=0, replaced_mass=0.0)
-    rows = np.flatnonzero(routed.replaced_TK.any(axis=1))
+    if not routed.replaced_TK.any():
+        return Substituted(experts_TK=experts_TK, weights_TK=weights_TK)
+    replaced_T = np.count_nonzero(routed.replaced_TK, axis=1)
+    rows = np.flatnonzero(replaced_T)
     return Substituted(
         experts_TK=torch.from_numpy(routed.experts_TK).to(experts_TK.device),
         weights_TK=reweighted(rule, scores_TE, routed.experts_TK, rows, weights_TK),
-        replaced=replaced,
-        replaced_mass=float(routed.replaced_mass_T.sum()),
+        replaced_T=replaced_T,
+        replaced_mass_T=routed.replaced_mass_T,
     )
+
+
+def warn_of_unknown(rules: Sequence[RouterRule | None]) -> None:
+    """Say of how many layers it is not known by what rule their routers choose."""
+    unknown = sum(rule is None for rule in rules)
+    if unknown:
+        log.warning("%d of %d layers route by no known rule: no expert is substituted there", unknown, len(rules))
+
+
+def mean_scores(scores_TE: np.ndarray) -> np.ndarray:
+    """Of a step's tokens, per expert [E]."""
+    mean_E: np.ndarray = scores_TE[0] if len(scores_TE) == 1 else scores_TE.mean(axis=0)
+    return mean_E
 
 
 def per_row(alpha: float | np.ndarray, tokens: int) -> np.ndarray | float:

@@ -10,7 +10,7 @@ import torch
 
 from predictor.forecast import LayerForecast
 from predictor.shadow import ShadowCounts
-from raymoe.config import SchedulingConfig
+from raymoe.engine.onlooker import Onlooker
 from raymoe.engine.scheduler_protocol import Scheduler
 from raymoe.model.runner import SequenceState
 from raymoe.model.trunk import ExpertBackend
@@ -18,34 +18,21 @@ from raymoe.observe.trace import Fact, Lane, Span, Tracer
 from raymoe.types import Routing, SamplingRecipe, StepId
 
 
-class WatchedScheduler:
-    """Stands between the engine and its trunk, and their scheduler: what lies between two calls was the trunk's time.
-
-    Used by the engine's thread.
-    """
+class WatchedScheduler(Onlooker):
+    """What lies between two calls of the scheduler was the trunk's time."""
 
     def __init__(self, scheduler: Scheduler, backend: ExpertBackend, tracer: Tracer) -> None:
+        super().__init__(scheduler, backend)
         self.tracer = tracer
-        self._scheduler = scheduler
-        self._backend = backend
         self._step: StepId | None = None
         self._tokens = 0
         self._mark_s: float | None = None
-
-    @property
-    def alpha(self) -> float | np.ndarray:
-        """The scheduler's."""
-        return self._scheduler.alpha
-
-    @alpha.setter
-    def alpha(self, alpha: float | np.ndarray) -> None:
-        self._scheduler.alpha = alpha
 
     def begin(self, sequence: int, prompt: Sequence[int], recipe: SamplingRecipe | None = None) -> None:
         """A prompt is about to be read."""
         self._step, self._tokens = StepId(sequence=sequence, position=0), len(prompt)
         self._mark_s = self.tracer.now()
-        self._scheduler.begin(sequence, prompt, recipe)
+        super().begin(sequence, prompt, recipe)
         self._close("compute", "tell predictor")
 
     def read(self, sequence: int, token: int, state: SequenceState) -> None:
@@ -53,36 +40,26 @@ class WatchedScheduler:
         self._close("compute", "sample")
         self._step, self._tokens = StepId(sequence=sequence, position=state.length), 1
         self._mark_s = self.tracer.now()
-        self._scheduler.read(sequence, token, state)
+        super().read(sequence, token, state)
         self._close("compute", "tell predictor")
-
-    def route(
-        self, layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scheduler's say on a router's choice."""
-        return self._backend.route(layer, experts_TK, weights_TK)
 
     def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
         """The trunk has come to a layer's experts, and goes on when it has their outputs [T, K, H]."""
         self._tokens = len(experts_TK)
         self._close("compute", "trunk", layer)
-        output_TKH = self._backend.compute(layer, hidden_TH, experts_TK)
+        output_TKH = super().compute(layer, hidden_TH, experts_TK)
         self._close("wait", "experts", layer, tuple(experts_TK.unique().tolist()))
         return output_TKH
 
     def take_cost(self) -> Routing:
         """A forward has ended."""
         self._close("compute", "head")
-        return self._scheduler.take_cost()
+        return super().take_cost()
 
     def end(self, sequence: int) -> None:
         """A sequence is finished."""
         self._mark_s = None
-        self._scheduler.end(sequence)
-
-    def reconfigure(self, scheduling: SchedulingConfig) -> None:
-        """Schedule by other settings."""
-        self._scheduler.reconfigure(scheduling)
+        super().end(sequence)
 
     def _close(self, lane: Lane, kind: str, layer: int | None = None, experts: tuple[int, ...] = ()) -> None:
         """What was done since the mark was this; the mark is now."""

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from raymoe.model.rows import RowCaches
 from raymoe.model.sites import MoeSite
 
 log = logging.getLogger(__name__)
@@ -270,6 +271,8 @@ class CacheCopies:
         """The copy of a cache, the same each time; any other value itself."""
         if not isinstance(value, Cache):
             return value
+        if isinstance(value, RowCaches):
+            return RowCaches([self.of(cache) for cache in value.rows])
         copied = self._copies.get(id(value))
         if copied is None:
             copied = self._copies[id(value)] = shallow(value)

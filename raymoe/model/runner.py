@@ -1,11 +1,11 @@
-"""Prefill and decode through the trunk: single sequences for every kind of cache, rows in lockstep for most.
+"""Prefill and decode through the trunk: single sequences for every kind of cache, several together for most.
 
 The generic path uses the very hooks that transformers' ``generate`` uses, so that each architecture's own
 preparation of inputs applies. Architectures that override none of them take a direct call instead.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.generation import GenerationMixin
 
 from raymoe.errors import RequestError
+from raymoe.model.rows import RowCaches
 
 
 @dataclass(slots=True)
@@ -47,6 +48,9 @@ LONG_CONTEXT = 4096  # tokens from which attention of a single new token is wort
 class Runner:
     """Runs the trunk. Not thread safe: one engine thread calls it.
 
+    Attributes:
+        joins: whether ``decode_together`` was proved for this trunk, by ``model.rows_proof``.
+
     Args:
         single_threaded_decode: keep torch to one thread for single tokens, where native kernels bring their own
             threads. What remains are tiny operations; a barrier around each costs more than it saves, and on a
@@ -57,6 +61,7 @@ class Runner:
         self, model: Any, *, single_threaded_decode: bool = False
     ) -> None:  # generation hooks come from a mixin that PreTrainedModel does not show
         self.model = model
+        self.joins = False
         self.device: torch.device = model.device
         parameters = inspect.signature(model.forward).parameters
         self._threads = torch.get_num_threads()
@@ -90,6 +95,22 @@ class Runner:
         with self._threads_for(state):
             return self._decode(state, token)
 
+    @torch.inference_mode()
+    def decode_together(self, states: Sequence[SequenceState], tokens: Sequence[int]) -> torch.Tensor:
+        """Run one more token of each of several sequences of any lengths, in one forward. Mutates ``states``.
+
+        Returns the logits after each ([rows, vocabulary], float32); a row differs from the same token run alone by
+        rounding: about 1e-6 of the logits in float32. Where it fails the states are lost.
+        """
+        caches = RowCaches([state.kwargs["past_key_values"] for state in states])
+        ids_B1 = torch.tensor(tokens, device=self.device).unsqueeze(1)
+        positions_B1 = torch.tensor([state.length for state in states], device=self.device).unsqueeze(1)
+        with self._threads_for(max(states, key=lambda state: state.length)):
+            outputs = self._forward(ids_B1, positions_B1, caches)
+        for state in states:
+            state.length += 1
+        return outputs.logits[:, -1].float()
+
     @contextmanager
     def _threads_for(self, state: SequenceState) -> Iterator[None]:
         """One thread for torch while single tokens decode, where that was asked for."""
@@ -113,16 +134,9 @@ class Runner:
         return outputs.logits[0, -1].float()
 
     def _decode_directly(self, state: SequenceState, token: int) -> torch.Tensor:
-        cache = state.kwargs["past_key_values"]
-        outputs = self.model(
-            input_ids=torch.tensor([[token]], device=self.device),
-            position_ids=torch.tensor([[state.length - 1]], device=self.device),
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            **self._keep_last,
-        )
-        return outputs.logits[0, -1].float()
+        ids = torch.tensor([[token]], device=self.device)
+        position = torch.tensor([[state.length - 1]], device=self.device)
+        return self._forward(ids, position, state.kwargs["past_key_values"]).logits[0, -1].float()
 
     # --- several tokens, of which some may not stay --------------------------------------------------------
 
@@ -163,14 +177,8 @@ class Runner:
 
     def _try_directly(self, state: SequenceState, ids: torch.Tensor) -> Any:
         count = ids.shape[1]
-        return self.model(
-            input_ids=ids,
-            position_ids=torch.arange(state.length, state.length + count, device=self.device).unsqueeze(0),
-            past_key_values=state.kwargs["past_key_values"],
-            use_cache=True,
-            return_dict=True,
-            **dict.fromkeys(self._keep_last, count),
-        )
+        positions = torch.arange(state.length, state.length + count, device=self.device).unsqueeze(0)
+        return self._forward(ids, positions, state.kwargs["past_key_values"], last=count)
 
     # --- several sequences of equal length ---------------------------------------------------------------
 
@@ -218,15 +226,19 @@ class Runner:
             return self._forward_rows(ids, state.length - 1, state.kwargs["past_key_values"])
 
     def _forward_rows(self, ids: torch.Tensor, start: int, cache: DynamicCache) -> torch.Tensor:
-        outputs = self.model(
+        positions = torch.arange(start, start + ids.shape[1], device=self.device).expand_as(ids)
+        return self._forward(ids, positions, cache).logits[:, -1].float()
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, last: int = 1) -> Any:
+        """The architecture's own forward of what follows a cache, with the logits after the last positions at least."""
+        return self.model(
             input_ids=ids,
-            position_ids=torch.arange(start, start + ids.shape[1], device=self.device).expand_as(ids),
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
-            **self._keep_last,
+            **dict.fromkeys(self._keep_last, last),
         )
-        return outputs.logits[:, -1].float()
 
     @staticmethod
     def cache_bytes(state: SequenceState) -> int:

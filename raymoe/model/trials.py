@@ -57,12 +57,17 @@ def why_no_trials(runner: Runner) -> str | None:
             return f"a pass of several tokens fails: {type(error).__name__}"
 
 
+def allowed_difference(logits: torch.Tensor, dtype: torch.dtype) -> float:
+    """How far logits of a model in ``dtype`` may be from these and still differ by rounding alone."""
+    return TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) * float(logits.std())
+
+
 def _compare(runner: Runner, prompt: list[int], following: list[int], expected_TV: torch.Tensor) -> str | None:
     _, state = runner.prefill(prompt)
     reason = make_cuttable(state)
     if reason is not None:
         return reason
-    allowed = TOLERANCE.get(runner.model.dtype, TOLERANCE[torch.bfloat16]) * float(expected_TV.std())
+    allowed = allowed_difference(expected_TV, runner.model.dtype)
     done = 0
     for count, wrong in PASSES:
         trial = runner.read(state, [*following[done : done + count], *prompt[:wrong]])

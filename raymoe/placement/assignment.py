@@ -100,7 +100,15 @@ def fleet_of(
     return Fleet(workers=len(devices), group_size=group_size, owners_LWE=owners_LWE, load_s_W=load_s_W, slots_W=slots_W)
 
 
-def assign(experts_N: np.ndarray, layer: int, fleet: Fleet, busy_s_W: np.ndarray | None = None) -> np.ndarray:
+def assign(
+    experts_N: np.ndarray,
+    layer: int,
+    fleet: Fleet,
+    busy_s_W: np.ndarray | None = None,
+    *,
+    tasks_W: np.ndarray | None = None,
+    due_s_W: np.ndarray | None = None,
+) -> np.ndarray:
     """A worker for each of a layer's experts, so that the last load is done soonest. Exact.
 
     Ties go to the worker that has fewer of them, then to the lower one. Where all workers own the same, experts that
@@ -109,6 +117,9 @@ def assign(experts_N: np.ndarray, layer: int, fleet: Fleet, busy_s_W: np.ndarray
     Args:
         experts_N: distinct experts, in order of need or of the forecast's weight.
         busy_s_W: seconds until each worker's link is free; None: all are.
+        tasks_W: how many other experts of the layer each worker computes without a load; None: none.
+        due_s_W: seconds until the layer comes. Loads that are done sooner are as good as each other, and the worker
+            that computes fewest experts gets the next one; None: sooner is always better.
 
     Returns:
         int64 [N], the worker of each expert: of the layer's group where one of them owns it, else any owner.
@@ -116,9 +127,10 @@ def assign(experts_N: np.ndarray, layer: int, fleet: Fleet, busy_s_W: np.ndarray
     Raises:
         ExpertUnavailableError: an expert has no owner.
     """
-    return np.array(
-        _earliest(fleet.permitted(layer, experts_N.tolist()), fleet, _listed(busy_s_W, fleet)), dtype=np.int64
-    )
+    masks = fleet.permitted(layer, experts_N.tolist())
+    tasks = None if tasks_W is None else tasks_W.tolist()
+    due_s = None if due_s_W is None else due_s_W.tolist()
+    return np.array(_earliest(masks, fleet, _listed(busy_s_W, fleet), tasks=tasks, due_s=due_s), dtype=np.int64)
 
 
 def reassign(
@@ -227,6 +239,8 @@ def _earliest(
     busy_s: list[float],
     held: list[int] | None = None,
     free: list[int] | None = None,
+    tasks: list[int] | None = None,
+    due_s: list[float] | None = None,
 ) -> list[int]:
     """The worker of each expert in the earliest places, see the module's head.
 
@@ -234,15 +248,20 @@ def _earliest(
         masks: who may take each expert, as bits.
         held: how many experts of this layer each worker has to load before these.
         free: how many places each worker has free beside those; they are taken before all others.
+        tasks: how many experts of this layer each worker computes beside these.
+        due_s: places before that are as good as each other.
     """
     nothing = [0] * fleet.workers
-    held, free, slots = held or nothing, free or nothing, fleet.slots_W
+    held, free, tasks, slots = held or nothing, free or nothing, tasks or nothing, fleet.slots_W
+    due_s = due_s or [0.0] * fleet.workers
     load_s, anyone = fleet.loads_s, reduce(or_, masks, 0)
 
-    def place(worker: int, count: int) -> tuple[bool, bool, float, int, int]:
+    def place(worker: int, count: int) -> tuple[bool, bool, float, int, float, int, int]:
         load = held[worker] + count
-        late = slots is not None and load > slots[worker]
-        return late, count > free[worker], busy_s[worker] + load * load_s[worker], count, worker
+        computed = tasks[worker] + load
+        unfit = slots is not None and computed > slots[worker]
+        done_s = busy_s[worker] + load * load_s[worker]
+        return unfit, count > free[worker], max(0.0, done_s - due_s[worker]), computed, done_s, count, worker
 
     places = [place(worker, 1) for worker in _workers(anyone)]
     heapq.heapify(places)

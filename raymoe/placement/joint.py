@@ -12,6 +12,10 @@ scores of the experts that the token ends with, as far as these are in a slot wh
 by the best-scored permitted expert that a slot holds, as long as alpha permits; what is in a slot already stays where
 it is; the rest is loaded, best worth first, by whom it is done earliest (by ``assign``).
 
+All loads that are done before the layer comes are equally early. Of these, workers get as many that they all compute
+about as many experts, whatever their slots hold: a layer takes as long as its busiest worker. For the same reason an
+expert may be loaded by one worker though another one holds it, where that link has the time: these bytes cost nothing.
+
 For one token, experts of equal size and workers that own the same this is the optimum. With j replacements no plan
 serves more than the one that gives up the j lowest-scored experts for the j best substitutes; and the load that a
 replacement saves carried the least mass of all, so no more than the mean per load: taking it out never lowers the mass
@@ -28,6 +32,7 @@ worth least by ``keeping`` goes first.
 T tokens, K experts per token, E experts, N experts of a plan, W workers.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,8 +71,10 @@ def plan_layer(
     fleet: Fleet,
     *,
     held_WE: np.ndarray | None = None,
+    ordered: Mapping[int, int] | None = None,
     alpha_T: np.ndarray | float = 0.0,
     busy_s_W: np.ndarray | None = None,
+    due_s_W: np.ndarray | None = None,
     permitted_TE: np.ndarray | None = None,
     similarity: Similarity | None = None,
 ) -> LayerPlan:
@@ -77,23 +84,42 @@ def plan_layer(
         scores_TE: forecast gate scores of all experts, as ``route`` takes them.
         chosen_TK: the experts that the router is expected to choose.
         held_WE: bool, the experts of this layer that will be in a worker's slots anyway when it comes; None: none.
+        ordered: expert -> its worker, of what was ordered for other tokens of this step: it will be in a slot as well.
         alpha_T: threshold per token, or one for all.
-        busy_s_W: seconds until each worker's link is free, in the unit of the fleet's loads; None: all are.
+        busy_s_W: seconds until each worker's link is free, in the unit of the fleet's loads; None: as soon as it has
+            loaded what was ordered.
+        due_s_W: seconds until the layer comes, in the same unit; None: nobody knows.
         permitted_TE: bool, the experts that the router may choose for a token; None: all.
         similarity: ranks substitutes; None: by score.
 
     Raises:
         ExpertUnavailableError: an expert that has to be loaded has no owner.
     """
+    ordered = ordered or {}
+    if ordered:
+        held_WE = _with_ordered(held_WE, ordered, scores_TE.shape[1], fleet)
+    if busy_s_W is None:
+        busy_s_W = np.bincount(list(ordered.values()), minlength=fleet.workers) * np.array(fleet.loads_s)
     chosen_TK, replaced = _replace(layer, scores_TE, chosen_TK, held_WE, alpha_T, permitted_TE, similarity)
     experts_N = in_order_of_need(chosen_TK)
-    held_N = False if held_WE is None else held_WE[:, experts_N].any(axis=0)
-    loads_N = np.broadcast_to(np.logical_not(held_N), len(experts_N))
-    workers_N = np.full(len(experts_N), -1, dtype=np.int64)
-    workers_N[loads_N] = assign(experts_N[loads_N], layer, fleet, busy_s_W)
-    if held_WE is not None:
-        _stay(layer, experts_N, workers_N, held_WE, fleet)
+    wanted = set(experts_N.tolist())
+    others_W = np.bincount([w for expert, w in ordered.items() if expert not in wanted], minlength=fleet.workers)
+    workers_N = _stay(layer, experts_N, held_WE, others_W, fleet)
+    loads_N = workers_N < 0
+    tasks_W = others_W + np.bincount(workers_N[~loads_N], minlength=fleet.workers)
+    workers_N[loads_N] = assign(experts_N[loads_N], layer, fleet, busy_s_W, tasks_W=tasks_W, due_s_W=due_s_W)
+    if due_s_W is not None:
+        fixed_N = np.array([expert in ordered for expert in experts_N.tolist()])
+        _relieve(layer, experts_N, workers_N, loads_N, fixed_N, others_W, fleet, busy_s_W, due_s_W)
     return LayerPlan(experts_N=experts_N, workers_N=workers_N, loads_N=loads_N, replaced=replaced)
+
+
+def _with_ordered(held_WE: np.ndarray | None, ordered: Mapping[int, int], experts: int, fleet: Fleet) -> np.ndarray:
+    """What will be in slots, where what was ordered is with whom it was ordered of."""
+    held_WE = np.zeros((fleet.workers, experts), dtype=bool) if held_WE is None else held_WE.copy()
+    held_WE[:, list(ordered)] = False
+    held_WE[list(ordered.values()), list(ordered)] = True
+    return held_WE
 
 
 def _replace(
@@ -120,15 +146,63 @@ def _replace(
     return routed.experts_TK, int(np.count_nonzero(routed.replaced_TK))
 
 
-def _stay(layer: int, experts_N: np.ndarray, workers_N: np.ndarray, held_WE: np.ndarray, fleet: Fleet) -> None:
-    """Experts in slots stay there, in place. Of several holders the layer's group comes first, then who has least."""
-    group = set(fleet.group_of(layer))
-    tasks_W = np.bincount(workers_N[workers_N >= 0], minlength=fleet.workers).tolist()
-    for place in np.flatnonzero(workers_N < 0).tolist():
-        holders = np.flatnonzero(held_WE[:, experts_N[place]]).tolist()
-        worker = min(holders, key=lambda holder: (holder not in group, tasks_W[holder], holder))
-        workers_N[place] = worker
-        tasks_W[worker] += 1
+def _stay(
+    layer: int, experts_N: np.ndarray, held_WE: np.ndarray | None, others_W: np.ndarray, fleet: Fleet
+) -> np.ndarray:
+    """Who holds each expert, -1 where nobody does. Of several the layer's group comes first, then who has least to do.
+
+    Args:
+        others_W: how many other experts of the layer each worker computes.
+    """
+    workers_N = np.full(len(experts_N), -1, dtype=np.int64)
+    if held_WE is None:
+        return workers_N
+    group, tasks_W = set(fleet.group_of(layer)), others_W.tolist()
+    for place, expert in enumerate(experts_N.tolist()):
+        holders = np.flatnonzero(held_WE[:, expert]).tolist()
+        if holders:
+            worker = min(holders, key=lambda holder: (holder not in group, tasks_W[holder], holder))
+            workers_N[place] = worker
+            tasks_W[worker] += 1
+    return workers_N
+
+
+def _relieve(
+    layer: int,
+    experts_N: np.ndarray,
+    workers_N: np.ndarray,
+    loads_N: np.ndarray,
+    fixed_N: np.ndarray,
+    others_W: np.ndarray,
+    fleet: Fleet,
+    busy_s_W: np.ndarray,
+    due_s_W: np.ndarray,
+) -> None:
+    """Let others load what the busiest worker holds, in place, as long as they are done before the layer comes.
+
+    Those needed least go first: if a load is late all the same, it is the one that may best be replaced.
+
+    Args:
+        fixed_N: bool, experts that have to stay where they are.
+    """
+    load_s_W, group = np.array(fleet.loads_s), fleet.group_of(layer)
+    owners_N = fleet.permitted(layer, experts_N.tolist())
+    while True:
+        tasks_W = others_W + np.bincount(workers_N, minlength=fleet.workers)
+        done_s_W = busy_s_W + (1 + np.bincount(workers_N[loads_N], minlength=fleet.workers)) * load_s_W
+        busiest = int(tasks_W.argmax())
+        places = np.flatnonzero((workers_N == busiest) & ~loads_N & ~fixed_N).tolist()
+        able = [
+            (tasks_W[worker], done_s_W[worker], -place, worker)
+            for worker in group
+            if tasks_W[worker] + 1 < tasks_W[busiest] and done_s_W[worker] <= due_s_W[worker]
+            for place in places
+            if owners_N[place] >> worker & 1
+        ]
+        if not able:
+            return
+        *_, negative, worker = min(able)
+        workers_N[-negative], loads_N[-negative] = worker, True
 
 
 def spare_slots(fleet: Fleet, top_k: int) -> np.ndarray:
@@ -138,6 +212,10 @@ def spare_slots(fleet: Fleet, top_k: int) -> np.ndarray:
     """
     if fleet.slots_W is None:
         return np.ones(fleet.workers, dtype=bool)
-    smallest = min(map(len, worker_groups(fleet.workers, fleet.group_size)))
-    passing = -(-top_k // smallest) + 1
-    return np.array(fleet.slots_W) > passing
+    return np.array(fleet.slots_W) > passing_slots(fleet.workers, fleet.group_size, top_k)
+
+
+def passing_slots(workers: int, group_size: int, top_k: int) -> int:
+    """Slots of each worker that experts pass through: its loads of one layer, and one to load into meanwhile."""
+    smallest = min(map(len, worker_groups(workers, group_size)))
+    return -(-top_k // smallest) + 1

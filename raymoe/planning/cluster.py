@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from raymoe.config import Alpha, Bytes, StrictModel, describe, within
-from raymoe.errors import ConfigError
+from raymoe.config import Alpha
 from raymoe.planning.hardware import HARDWARE, Hardware
+from raymoe.strict import Bytes, StrictModel, read_mapping, validated, within
 from raymoe.types import DeviceName
 
 MAX_DEVICES = 10_000  # more than any simulation is meant for; a slip of the keyboard shouldn't fill the memory
@@ -213,23 +212,12 @@ class DevicesFile(StrictModel):
     def load(cls, path: str | Path) -> "DevicesFile":
         """Read a YAML file. Raises ConfigError naming the file and every wrong field."""
         file = Path(path)
-        try:
-            data = yaml.safe_load(file.read_text())
-        except OSError as error:
-            raise ConfigError(f"can't read the devices file {file}: {error.strerror or error}") from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{file} is not valid YAML: {error}") from error
-        if not isinstance(data, dict):
-            raise ConfigError(f'{file} must hold a mapping with a list "devices"; found {type(data).__name__}')
-        return cls.parse(data, where=str(file))
+        return cls.parse(read_mapping(file, "devices file", 'a list "devices"'), where=str(file))
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, where: str = "devices file") -> "DevicesFile":
         """Validate a mapping. Raises ConfigError with one line per wrong field."""
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise ConfigError(f"{where}: {describe(error)}") from error
+        return validated(cls, data, where)
 
 
 def _counted(device: DeviceSpec) -> list[str]:

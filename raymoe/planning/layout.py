@@ -175,6 +175,14 @@ def kept_share(facts: ModelFacts, cluster: Cluster, slots_in_use: int) -> float:
     return min(1.0, sum(max(0, room.slot_bytes - used) for room in places) / facts.routed_bytes)
 
 
+def kept_slots(facts: ModelFacts, room: Room, slots_in_use: int) -> int:
+    """Slots of a worker that policy joint leaves to experts worth keeping, beside ``slots_in_use`` for what passes."""
+    if not room.device.serves_experts:
+        return 0
+    slots = min(room.slot_bytes // facts.expert_bytes, sum(size.experts for size in facts.sizes))
+    return max(0, slots - slots_in_use)
+
+
 def holds_everything(facts: ModelFacts, cluster: Cluster) -> bool:
     """Whether every expert can stay in a slot, if shards are made as large as slots (by ``host_memory``)."""
     places = [room for room in rooms(facts, cluster) if room.device.serves_experts]

@@ -7,8 +7,8 @@ from typing import Any
 from raymoe.planning.bounds import floor_s, ttft_s
 from raymoe.planning.costs import Costs
 from raymoe.planning.facts import ModelFacts
-from raymoe.planning.layout import Cluster, Room, ownership, problems, resident_share, rooms
-from raymoe.planning.tpot import DRAFTED, POLICIES, Choice, best_choice, tpot_s
+from raymoe.planning.layout import Cluster, Room, kept_slots, ownership, problems, resident_share, rooms
+from raymoe.planning.tpot import DRAFTED, POLICIES, Choice, best_choice, passing_slots, tpot_s
 from raymoe.types import DeviceName
 
 PARTS = {
@@ -67,6 +67,7 @@ class Plan:
         problems: why the model can't run there; empty where it can.
         devices_lacking: how many more devices like the last worker would do; None where none are lacking, or none help.
         owned: experts in each worker's shard, copies included; None where the workers are too many to list.
+        keeps: slots of each worker in which policy joint keeps experts, run as it is planned; None where it can't run.
         resident: share of the experts that lie in slots at once.
         policies: in the order of ``POLICIES``, those with drafts last; empty where the model can't run.
     """
@@ -78,6 +79,7 @@ class Plan:
     devices_lacking: int | None
     rooms: tuple[Room, ...]
     owned: dict[DeviceName, int] | None
+    keeps: dict[DeviceName, int] | None
     resident: float
     policies: tuple[PolicyPlan, ...]
     changes: tuple[Change, ...]
@@ -109,6 +111,7 @@ def make_plan(facts: ModelFacts, cluster: Cluster, *, prompt_tokens: int = 128) 
         devices_lacking=devices_lacking(facts, cluster) if found else None,
         rooms=rooms(facts, cluster),
         owned=None if owners is None else {name: len(keys) for name, keys in owners.items()},
+        keeps=kept_by_joint(costs, policies),
         resident=resident_share(facts, cluster),
         policies=policies,
         changes=() if best is None or best.tpot_s is None else worthwhile(costs, best.tpot_s),
@@ -124,6 +127,16 @@ def every_policy(costs: Costs, prompt_tokens: int) -> tuple[PolicyPlan, ...]:
         if choice.drafts:
             drafted.append(replace(policy_plan(policy, costs, choice, prompt_tokens), policy=title))
     return (*plain, *drafted)
+
+
+def kept_by_joint(costs: Costs, policies: tuple[PolicyPlan, ...]) -> dict[DeviceName, int] | None:
+    """Slots that policy joint leaves for keeping, per worker, with the group size that it is planned with."""
+    joint = next((one for one in policies if one.policy == "joint" and one.tpot_s is not None), None)
+    if joint is None:
+        return None
+    in_use = passing_slots(costs, joint.choice)
+    workers = (room for room in rooms(costs.facts, costs.cluster) if room.device.serves_experts)
+    return {room.device.name: kept_slots(costs.facts, room, in_use) for room in workers}
 
 
 def policy_plan(policy: str, costs: Costs, choice: Choice, prompt_tokens: int) -> PolicyPlan:
@@ -285,6 +298,7 @@ def _device(plan: Plan, room: Room) -> dict[str, Any]:
         "slots": slots,
         "slot_bytes": slots * plan.facts.expert_bytes,
         "owned": None if plan.owned is None else plan.owned.get(device.name, 0),
+        "keeps": None if plan.keeps is None else plan.keeps.get(device.name, 0),
     }
 
 

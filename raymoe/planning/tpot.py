@@ -12,7 +12,8 @@ With t_M the trunk's share of a layer, t_W that of the workers and their message
 - *on_demand_shadow*: ``placement.pipelining`` follows the loads layer by layer. A wrong guess of the shadow, as often
   as its tokens differ, costs its lead: such steps take what they take with a shadow that departs late.
 - *joint*: the same, but what scores high stays in the slots that loads leave free, and alpha substitutes as under
-  importance: a share h(c) of the loads falls away.
+  importance: a share h(c) of the loads falls away. Free are those beyond the loads of two layers, one computed and one
+  under way; c is their share of all experts, h that of a cache of such a size (assumed: whatever order loads come in).
 - *with drafts*: one pass reads a token and d drafts. It loads and computes the union of their experts, each once, and
   yields ``1 + a + ... + a^d`` tokens, a being how often a guess is right. The shadow has to make d + 1 tokens in the
   meantime. The depth is the best one, up to the limit. What does not fit the slots is loaded when the layer has begun.
@@ -149,7 +150,7 @@ def drafted_tokens(drafts: int, right: float) -> float:
 def pass_s(costs: Costs, choice: Choice, *, keeps: bool, steps_ahead: int) -> float:
     """One pass over a token and its drafts, if the shadow's lead is never lost (or never had, with no steps ahead)."""
     facts, cluster, rows = costs.facts, costs.cluster, choice.drafts + 1
-    union = rates.union(rows, facts.top_k, facts.experts, cluster.hit_rates.lru or rates.LRU)
+    union = united_experts(costs, rows)
     loads, loaded_s = costs.group_loads(choice.group_size, ceil(union - 1e-9))
     slots = least_slots(costs)
     hits = 0.0
@@ -178,6 +179,18 @@ def pass_s(costs: Costs, choice: Choice, *, keeps: bool, steps_ahead: int) -> fl
         missed=0.0 if shadow_s is None else missing_share(costs, union) * (1.0 - hits),
     )
     return followed_s(pipeline)
+
+
+def united_experts(costs: Costs, rows: int) -> float:
+    """Distinct experts per layer of a pass over so many positions, in the mean."""
+    facts, given = costs.facts, costs.cluster.hit_rates
+    return rates.union(rows, facts.top_k, facts.experts, given.lru or rates.LRU)
+
+
+def passing_slots(costs: Costs, choice: Choice) -> int:
+    """Slots of a worker that its loads of two layers take, as ``pass_s`` counts them."""
+    union = united_experts(costs, choice.drafts + 1)
+    return 2 * costs.group_loads(choice.group_size, ceil(union - 1e-9))[0]
 
 
 @lru_cache(maxsize=8192)

@@ -158,7 +158,7 @@ class Cacheless:
         owner_of = dict(zip(needed, owners_N.tolist(), strict=True))
         owner_P = np.array([owner_of[expert] for expert in experts_P.tolist()])
         step = StepId(sequence=SEQUENCE, position=PROMPT + routed.start)
-        return _split(routed, experts_P, owner_P, step=step)
+        return split(routed, experts_P, owner_P, step=step)
 
     def answered(self, worker: int, answer: SimAnswer) -> None:
         """Nothing: nothing stays."""
@@ -215,7 +215,7 @@ class Caching:
             self.tally.substituted += int(np.count_nonzero(final.replaced_TK))
             chosen_TK, mean_E = final.experts_TK, routed.scores_TE.mean(axis=0)
         experts_P = chosen_TK.reshape(-1)
-        return _split(routed, experts_P, self._owner_LE[routed.layer][experts_P], scores_E=mean_E)
+        return split(routed, experts_P, self._owner_LE[routed.layer][experts_P], scores_E=mean_E)
 
     def answered(self, worker: int, answer: SimAnswer) -> None:
         """Note what the worker has now."""
@@ -267,14 +267,14 @@ class Caching:
         self._last_s = now_s
 
 
-def _split(
+def split(
     routed: Routed,
     experts_P: np.ndarray,
     owner_P: np.ndarray,
     scores_E: np.ndarray | None = None,
     step: StepId | None = None,
 ) -> list[Ask]:
-    """One call per worker involved."""
+    """One call per worker involved, from the worker of each pair."""
     top_k = routed.chosen_TK.shape[1]
     by_worker: dict[int, list[int]] = {}
     for pair, worker in enumerate(owner_P.tolist()):

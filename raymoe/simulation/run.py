@@ -7,6 +7,7 @@ import numpy as np
 
 from raymoe.config import SchedulingConfig
 from raymoe.errors import ConfigError
+from raymoe.simulation.joint import Joint
 from raymoe.simulation.loop import EventLoop
 from raymoe.simulation.main_node import SimMain
 from raymoe.simulation.policies import Cacheless, Caching, Policy
@@ -17,8 +18,11 @@ from raymoe.simulation.shadow import Routes, SimShadow
 from raymoe.simulation.synthetic import foretold
 from raymoe.simulation.trace import RoutingTrace
 
-SimPolicy = Literal["all_resident", "on_demand", "importance", "on_demand_shadow"]
-POLICIES: tuple[SimPolicy, ...] = ("all_resident", "on_demand", "importance", "on_demand_shadow")
+SimPolicy = Literal["all_resident", "on_demand", "importance", "on_demand_shadow", "joint"]
+POLICIES: tuple[SimPolicy, ...] = ("all_resident", "on_demand", "importance", "on_demand_shadow", "joint")
+SCORED = ("importance", "joint")  # policies that decide by gate scores
+FORETOLD = ("on_demand_shadow", "joint")  # policies that a shadow tells what comes
+MOST_SPARE = 1 << 20  # slots of a worker; more than experts of any model
 WARM_STEPS = 8  # left out of all figures: slots begin empty, the shadow gets into its stride
 
 
@@ -29,6 +33,7 @@ def simulate(
     *,
     steps: int | None = None,
     alpha: float = 0.25,
+    spare_slots: int | None = None,
     drafts: int = 0,
     prompt_tokens: int = 16,
     scheduling: SchedulingConfig | None = None,
@@ -38,9 +43,10 @@ def simulate(
 
     Args:
         steps: as many as the trace has, where omitted.
-        alpha: of policy importance.
+        alpha: of policies importance and joint.
+        spare_slots: of each worker, beyond those that experts pass through; None: slots are those of the setting.
         drafts: most tokens of the shadow that one pass verifies beside the one that is known.
-        scheduling: further settings of the policies that cache.
+        scheduling: further settings of the policies that cache or keep.
         resident: under on_demand_shadow: everything is ready at the workers that would load it.
 
     Raises:
@@ -48,16 +54,17 @@ def simulate(
         CapacityError: experts that don't fit into the workers' memory.
     """
     wanted = trace.steps if steps is None else steps
-    check(trace, setting, policy, wanted, drafts)
+    check(trace, setting, policy, wanted, drafts, spare_slots)
+    if spare_slots is not None:
+        setting = setting.with_spare_slots(spare_slots)
     loop, routes = EventLoop(), Routes(trace)
     rules = (scheduling or SchedulingConfig()).changed({"alpha": alpha, "alpha_max": max(alpha, 0.5)})
     rules = rules.model_copy(update={"policy": policy})
-    chosen: Policy = (
-        Cacheless(loop, setting, resident=resident) if policy == "on_demand_shadow" else Caching(loop, setting, rules)
-    )
+    chosen = _at_work(policy, loop, setting, rules, resident=resident)
     shadow = None
-    if policy == "on_demand_shadow" and setting.shadow is not None and not resident:
-        shadow = SimShadow(loop, setting.shadow, routes, chosen.foretell, drafts)
+    if policy in FORETOLD and setting.shadow is not None and not resident:
+        scored = policy == "joint"
+        shadow = SimShadow(loop, setting.shadow, routes, chosen.foretell, drafts, tells_scores=scored)
     total = wanted + WARM_STEPS
     main = SimMain(loop, setting, chosen, routes, shadow, steps=total, drafts=drafts)
     main.begin_pass()
@@ -70,7 +77,7 @@ def simulate(
         trace,
         setting,
         prompt_tokens,
-        fleet=chosen.fleet if isinstance(chosen, Cacheless) else None,
+        fleet=None if isinstance(chosen, Caching) else chosen.fleet,
         primary=chosen.primary if isinstance(chosen, Caching) else None,
         resident=resident or policy == "all_resident",
     )
@@ -78,7 +85,19 @@ def simulate(
     return replace(found, fits=chosen.fits) if isinstance(chosen, Caching) else found
 
 
-def check(trace: RoutingTrace, setting: Setting, policy: str, steps: int, drafts: int) -> None:
+def _at_work(
+    policy: SimPolicy, loop: EventLoop, setting: Setting, rules: SchedulingConfig, *, resident: bool
+) -> Cacheless | Caching | Joint:
+    if policy == "joint":
+        return Joint(loop, setting, rules)
+    if policy == "on_demand_shadow":
+        return Cacheless(loop, setting, resident=resident)
+    return Caching(loop, setting, rules)
+
+
+def check(
+    trace: RoutingTrace, setting: Setting, policy: str, steps: int, drafts: int, spare_slots: int | None = None
+) -> None:
     """Raise ConfigError for what can't be simulated."""
     if policy not in POLICIES:
         raise ConfigError(f'--policy is "{policy}"; allowed are {", ".join(POLICIES)}')
@@ -86,11 +105,15 @@ def check(trace: RoutingTrace, setting: Setting, policy: str, steps: int, drafts
         raise ConfigError(f"--steps is {steps}; at least 1 is needed")
     if not 0 <= drafts <= 8:
         raise ConfigError(f"--drafts is {drafts}; allowed is 0 to 8")
-    if drafts and (policy != "on_demand_shadow" or setting.shadow is None):
-        raise ConfigError("--drafts come from a shadow: name its device in the devices file, with on_demand_shadow")
-    if policy == "importance" and trace.scores_NLE is None:
+    if spare_slots is not None and not 0 <= spare_slots <= MOST_SPARE:
+        raise ConfigError(f"--spare-slots is {spare_slots}; allowed is 0 to {MOST_SPARE:,}")
+    if drafts and (policy not in FORETOLD or setting.shadow is None):
         raise ConfigError(
-            "policy importance needs gate scores, and the trace has none: its model routes by no rule that is known"
+            "--drafts come from a shadow: name its device in the devices file, with on_demand_shadow or joint"
+        )
+    if policy in SCORED and trace.scores_NLE is None:
+        raise ConfigError(
+            f"policy {policy} needs gate scores, and the trace has none: its model routes by no rule that is known"
         )
     if not setting.workers:
         raise ConfigError("no device serves experts")
@@ -108,6 +131,16 @@ def with_forecasts(trace: RoutingTrace, recall: float, agreement: float, seed: i
         foretold_NLK=foretold(trace.chosen_NLK, trace.shape.experts, recall, random),
         guessed_N=random.random(trace.steps) < agreement,
     )
+
+
+def with_agreement(trace: RoutingTrace, agreement: float, seed: int = 0) -> RoutingTrace:
+    """The trace with so many tokens guessed, each for itself: so often drafts are right.
+
+    Raises ConfigError for a share that is none.
+    """
+    if not 0 <= agreement <= 1:
+        raise ConfigError(f"--acceptance is {agreement:g}; allowed is 0 to 1")
+    return replace(trace, guessed_N=np.random.default_rng(seed).random(trace.steps) < agreement)
 
 
 class _Mark:

@@ -14,6 +14,7 @@ import numpy as np
 from raymoe.errors import ConfigError
 from raymoe.placement.assignment import Fleet, fleet_of
 from raymoe.placement.grouping import grouped_ownership
+from raymoe.placement.joint import passing_slots
 from raymoe.placement.ownership import Capacity, Ownership, assign, layer_spread, primary_owners
 from raymoe.planning.cluster import Device, DevicesFile
 from raymoe.simulation.shape import ModelShape
@@ -125,6 +126,12 @@ class Setting:
         spreads = [layer_spread(size, len(self.workers), *rates) for size in sizes]
         owned = assign(sizes, self._capacities(), 1, spreads)
         return owned, primary_owners(sizes, owned, spreads)
+
+    def with_spare_slots(self, count: int) -> "Setting":
+        """The same with so many slots per worker beyond those that experts pass through; who has none gets none."""
+        slots = passing_slots(len(self.workers), self.experts_per_group, self.shape.top_k) + count
+        workers = (worker if worker.slots is None else replace(worker, slots=slots) for worker in self.workers)
+        return replace(self, workers=tuple(workers))
 
     @property
     def _has_room(self) -> bool:

@@ -26,6 +26,7 @@ class Foretold:
     Attributes:
         start: first position of the pass that will read it; with drafts a pass reads several.
         experts_K: best first.
+        scores_E: gate scores of all experts; None where nobody asks for them.
     """
 
     position: int
@@ -33,6 +34,7 @@ class Foretold:
     epoch: int
     layer: int
     experts_K: np.ndarray
+    scores_E: np.ndarray | None = None
 
 
 class Routes:
@@ -53,6 +55,21 @@ class Routes:
         named_K = self._foretold[step, layer]
         return named_K[named_K >= 0]
 
+    def foretold_scores(self, position: int, layer: int, *, lost: bool) -> np.ndarray:
+        """The gate scores that it has when it names that. A trace holds the true ones, and they stand for them.
+
+        An expert that is named in place of a chosen one has changed scores with it: the best with the best.
+        """
+        assert self.trace.scores_NLE is not None, "checked before"
+        step = self.elsewhere(position) if lost else position % self.trace.steps
+        scores_E = self.trace.scores_NLE[step, layer].astype(np.float32)
+        named_K, chosen_K = self._foretold[step, layer], self.trace.chosen_NLK[step, layer]
+        wrong = [expert for expert in named_K.tolist() if expert >= 0 and expert not in chosen_K]
+        missed = [expert for expert in chosen_K.tolist() if expert not in named_K]
+        for mine, other in zip(missed, wrong, strict=False):
+            scores_E[mine], scores_E[other] = scores_E[other], scores_E[mine]
+        return scores_E
+
     def elsewhere(self, position: int) -> int:
         """The step that a wrong token leads to instead."""
         return (position * ELSEWHERE + 1) % self.trace.steps
@@ -63,6 +80,7 @@ class SimShadow:
 
     Args:
         drafts: how many tokens beside the first a pass reads at most.
+        tells_scores: whether forecasts carry gate scores.
 
     Attributes:
         foretell: told of each layer as soon as it is known.
@@ -77,6 +95,8 @@ class SimShadow:
         routes: Routes,
         foretell: Callable[[Foretold], None],
         drafts: int = 0,
+        *,
+        tells_scores: bool = False,
     ) -> None:
         self.busy_s = 0.0
         self.steps = self.wasted = 0
@@ -84,6 +104,7 @@ class SimShadow:
         self._loop, self._times, self._routes, self._foretell = loop, times, routes, foretell
         self._layers = routes.trace.shape.layers
         self._depth = drafts + 1
+        self._tells_scores = tells_scores
         self._position = 0  # the one to be read next
         self._pass = (0, 0)  # first position and count of the pass in hand
         self._epoch = 0
@@ -130,9 +151,15 @@ class SimShadow:
         assert self._reading is not None
         position, epoch, lost = self._reading
         self.busy_s += self._times.layer_s
-        experts_K = self._routes.foretold(position, layer, lost=lost)
         self._foretell(
-            Foretold(position=position, start=self._first(position), epoch=epoch, layer=layer, experts_K=experts_K)
+            Foretold(
+                position=position,
+                start=self._first(position),
+                epoch=epoch,
+                layer=layer,
+                experts_K=self._routes.foretold(position, layer, lost=lost),
+                scores_E=self._routes.foretold_scores(position, layer, lost=lost) if self._tells_scores else None,
+            )
         )
         if self._left():
             return

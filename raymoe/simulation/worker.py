@@ -236,6 +236,18 @@ def passing_worker(loop: EventLoop, times: WorkerTimes, shape: ModelShape, shard
     return SimWorker(loop, times, bay, link)
 
 
+def keeping_worker(
+    loop: EventLoop, times: WorkerTimes, shape: ModelShape, shard: Shard, scheduling: SchedulingConfig
+) -> SimWorker:
+    """One whose experts pass through as they were ordered, and stay for as long as nobody needs the slot."""
+    if times.slots is None:
+        return SimWorker(loop, times)
+    link, pool, residency = _parts(loop, times, shape, shard)
+    keeper = Keeper(scheduling.eviction, shape.layers, shape.experts, scheduling.score_window)
+    bay = Conveyor(cast(Any, pool), residency, link, cast(Any, shard), shape.expert_bytes, keeper)
+    return SimWorker(loop, times, bay, link)
+
+
 def caching_worker(
     loop: EventLoop, times: WorkerTimes, shape: ModelShape, shard: Shard, scheduling: SchedulingConfig
 ) -> SimWorker:

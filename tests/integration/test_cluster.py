@@ -23,12 +23,12 @@ from raymoe.errors import CapacityError, CheckpointError, StartError
 from raymoe.observe.stats import DeviceStats
 from raymoe.serve.app import build_application
 from tests.toy_models import reference_tokens
+from tests.waiting import WAIT_S, until
 
 pytestmark = pytest.mark.integration
 
 PROMPT = list(range(200, 216))
 ONE_EXPERT = 196_608
-WAIT_S = 60.0
 
 CLIENT = """
 import json, sys, urllib.request
@@ -65,10 +65,7 @@ def raymoe_actors() -> list[str]:
 
 
 def wait_until_no_actors() -> None:
-    deadline = time.monotonic() + WAIT_S
-    while raymoe_actors() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert raymoe_actors() == []
+    until(lambda: raymoe_actors() == [], "the end of all actors")
 
 
 def status_once_it_answers(app: str) -> dict[str, DeviceStats]:

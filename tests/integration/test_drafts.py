@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from raymoe.config import EMBEDDED_MODEL
 from raymoe.engine.service import ModelService
-from raymoe.transport.shadow import Draft
+from raymoe.transport.shadow_messages import Draft
 from tests.shadows import service_with_shadow
-from tests.toy_models import PROMPT, reference_tokens, save_toy
+from tests.toy_models import PROMPT, reference_at, save_toy
+from tests.waiting import WAIT_S
 
 EMBEDDED_PROMPT = list(range(200, 210))
 TOKENS = 40
@@ -24,19 +23,14 @@ GREEDY: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0.0, "ignore_eos"
 WILD: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 1.0, "seed": 5, "ignore_eos": True}
 DRAFTS: dict[str, Any] = {"bits": 8, "drafts": 4}
 SLOW = {"bytes_per_s": 20_000_000}  # a load takes 10 ms, so that the shadow is ahead even on a busy machine
-WAIT_S = 120.0
 CUTTABLE = ["deepseek_v3", "gpt_oss", "mixtral", "lfm2_moe"]  # latent attention, windows, short convolutions
 OTHERS = ["qwen3_next", "granitemoehybrid"]
-
-
-def reference(path: Path, prompt: list[int], tokens: int) -> list[int]:
-    return reference_tokens(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), prompt, tokens)
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[int]:
     """What transformers generates with the embedded model."""
-    return reference(EMBEDDED_MODEL, EMBEDDED_PROMPT, TOKENS)
+    return reference_at(EMBEDDED_MODEL, EMBEDDED_PROMPT, TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +78,10 @@ def test_a_worse_shadow_changes_the_time_and_not_the_tokens(bits: int, expected_
 @pytest.mark.parametrize("model_type", CUTTABLE)
 def test_toys_whose_caches_can_be_cut(model_type: str, tmp_path: Path) -> None:
     path = save_toy(model_type, tmp_path / model_type)
-    wanted = reference(path, PROMPT, TOKENS)
+    wanted = reference_at(path, PROMPT, TOKENS)
     with service_with_shadow(path, 3, 2, group_size=2, predictor=DRAFTS) as (service, _, host):
         assert service.generate(PROMPT, **GREEDY).token_ids == wanted
-        assert service.generate(PROMPT[:3], **GREEDY).token_ids == reference(path, PROMPT[:3], TOKENS)
+        assert service.generate(PROMPT[:3], **GREEDY).token_ids == reference_at(path, PROMPT[:3], TOKENS)
         assert service.report().drafts == "on"
         assert host is not None and host.failure is None
 
@@ -100,7 +94,7 @@ def test_toys_whose_caches_can_not_be_cut_run_without_and_say_so(
     with service_with_shadow(path, 3, 2, group_size=2, predictor=DRAFTS) as (service, _, _):
         result = service.generate(PROMPT, **GREEDY)
         assert "can't be taken back" in service.report().drafts
-    assert result.token_ids == reference(path, PROMPT, TOKENS)
+    assert result.token_ids == reference_at(path, PROMPT, TOKENS)
     assert result.routing.drafted == 0
     assert caplog.text.count("the model reads no drafts along") == 1
 

@@ -10,7 +10,7 @@ import raymoe
 from raymoe.actors.session import Session
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
 from raymoe.launcher import Moe
-from tests.toy_models import EXCLUDED, PROMPT, TOYS, causal_moe_types, reference_tokens, save_toy
+from tests.toy_models import EXCLUDED, PROMPT, TOYS, Toys, causal_moe_types, reference_at, reference_tokens
 from tests.workers import service_over_sockets
 
 NEW_TOKENS = 12
@@ -21,20 +21,6 @@ EMBEDDED_PROMPT = list(range(200, 216))
 def test_every_type_has_a_toy_or_a_reason() -> None:
     missing = sorted(set(causal_moe_types()) - set(TOYS) - set(EXCLUDED))
     assert not missing, f"new architectures in transformers need an entry in tests/toy_models.py: {missing}"
-
-
-@pytest.fixture(scope="module")
-def toy_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("toys")
-
-
-def saved(directory: Path, model_type: str) -> Path:
-    path = directory / model_type
-    return path if path.exists() else save_toy(model_type, path)
-
-
-def loaded(path: Path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def open_local(path: Path, devices: int, slot_memory: int | None) -> Moe:
@@ -59,7 +45,7 @@ def one_expert_bytes(path: Path) -> int:
 
 
 def test_embedded_model_matches_for_text_of_every_kind() -> None:
-    reference = loaded(EMBEDDED_MODEL)
+    reference = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval()
     with open_local(EMBEDDED_MODEL, 1, None) as moe:
         for text in ("It is a truth universally acknowledged, that", "def __init__(self", "In the beginning God"):
             prompt = moe._session.service.encode(text)
@@ -68,9 +54,9 @@ def test_embedded_model_matches_for_text_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize("model_type", sorted(TOYS))
-def test_every_architecture_in_process(model_type: str, toy_directory: Path) -> None:
-    path = saved(toy_directory, model_type)
-    expected = reference_tokens(loaded(path), PROMPT, NEW_TOKENS)
+def test_every_architecture_in_process(model_type: str, toys: Toys) -> None:
+    path = toys(model_type)
+    expected = reference_at(path, PROMPT, NEW_TOKENS)
     with open_local(path, 1, None) as moe:
         assert moe.generate(PROMPT, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True).token_ids == expected
     with open_local(path, 2, one_expert_bytes(path)) as moe:
@@ -85,12 +71,10 @@ def test_every_architecture_in_process(model_type: str, toy_directory: Path) -> 
 @pytest.mark.parametrize("model_type", ["embedded", *CONTRASTING])
 @pytest.mark.parametrize("devices", [1, 2, 4])
 @pytest.mark.parametrize("transport", ["local", "zmq"])
-def test_matrix_of_devices_budgets_and_transports(
-    model_type: str, devices: int, transport: str, toy_directory: Path
-) -> None:
-    path = EMBEDDED_MODEL if model_type == "embedded" else saved(toy_directory, model_type)
+def test_matrix_of_devices_budgets_and_transports(model_type: str, devices: int, transport: str, toys: Toys) -> None:
+    path = EMBEDDED_MODEL if model_type == "embedded" else toys(model_type)
     prompt = EMBEDDED_PROMPT if model_type == "embedded" else PROMPT
-    expected = reference_tokens(loaded(path), prompt, NEW_TOKENS)
+    expected = reference_at(path, prompt, NEW_TOKENS)
     one = one_expert_bytes(path)
     for budget in (one, 5 * one, None):
         if transport == "local":
@@ -107,10 +91,10 @@ def test_matrix_of_devices_budgets_and_transports(
 
 @pytest.mark.integration
 @pytest.mark.parametrize("model_type", ["embedded", "gpt_oss"])
-def test_worker_processes_give_the_same_tokens(model_type: str, toy_directory: Path, ray_session: None) -> None:
-    path = EMBEDDED_MODEL if model_type == "embedded" else saved(toy_directory, model_type)
+def test_worker_processes_give_the_same_tokens(model_type: str, toys: Toys, ray_session: None) -> None:
+    path = EMBEDDED_MODEL if model_type == "embedded" else toys(model_type)
     prompt = EMBEDDED_PROMPT if model_type == "embedded" else PROMPT
-    expected = reference_tokens(loaded(path), prompt, NEW_TOKENS)
+    expected = reference_at(path, prompt, NEW_TOKENS)
     budget = 5 * one_expert_bytes(path)
     config = {
         "model": {"path": str(path), "dtype": "float32"},

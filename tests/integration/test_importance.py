@@ -3,7 +3,6 @@
 What it may change is bounded: quality "exact" is the router's own choice, whatever the slots hold.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +10,7 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 from ray.exceptions import GetTimeoutError
-from transformers import AutoModelForCausalLM
 
 import raymoe
 from raymoe.actors.names import NAMESPACE, placement_name, worker_name
@@ -24,7 +21,9 @@ from raymoe.engine.service import ModelService
 from raymoe.errors import ConfigError, ExpertUnavailableError, RequestError
 from raymoe.launcher import Moe
 from raymoe.observe.stats import EngineStats
-from tests.toy_models import reference_tokens
+from tests.batches import answered_together
+from tests.toy_models import reference_at
+from tests.waiting import until
 from tests.workers import service_over_sockets
 
 ONE_EXPERT = 196_608  # bytes in float32
@@ -34,23 +33,12 @@ PROMPT = list(range(200, 216))
 TOKENS = 24
 GREEDY: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0.0, "ignore_eos": True}
 IMPORTANCE = {"policy": "importance", "alpha": 0.5}
-WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[int]:
     """What transformers generates on its own."""
-    return reference_tokens(
-        AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval(), PROMPT, TOKENS
-    )
-
-
-def until(holds: Callable[[], bool], what: str) -> None:
-    """Wait for something that other processes do."""
-    end = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < end, f"{what} did not happen within {WAIT_S:g} s"
-        time.sleep(0.1)
+    return reference_at(EMBEDDED_MODEL, PROMPT, TOKENS)
 
 
 def engine_of(moe: Moe) -> EngineStats:
@@ -94,17 +82,11 @@ def test_exact_is_transformers_own_and_alpha_saves_loads(local: Moe, expected: l
 
 
 def test_requests_of_one_batch_keep_their_own_alpha(local: Moe, expected: list[int]) -> None:
-    streams = {quality: local.stream(PROMPT, quality=quality, **GREEDY) for quality in ("exact", 0.5)}
-    answers: dict[Any, list[int]] = {quality: [] for quality in streams}
-    substituted = {}
-    while len(substituted) < len(streams):
-        for quality in [quality for quality in streams if quality not in substituted]:
-            chunk = next(streams[quality])
-            answers[quality].extend(chunk.token_ids)
-            if chunk.routing is not None:
-                substituted[quality] = chunk.routing.substituted
-    assert answers["exact"] == expected
-    assert substituted["exact"] == 0 < substituted[0.5]
+    answers = answered_together(local, PROMPT, ("exact", 0.5), **GREEDY)
+    tokens, exact = answers["exact"]
+    _, free = answers[0.5]
+    assert tokens == expected
+    assert exact.substituted == 0 < free.substituted
 
 
 def test_a_wrong_quality_is_refused_with_what_is_allowed(local: Moe) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from raymoe.actors.session import Session
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
@@ -19,9 +17,10 @@ from raymoe.engine.service import ModelService
 from raymoe.errors import ConfigError
 from raymoe.experts.worker import ExpertWorker
 from raymoe.launcher import Moe
+from tests.batches import answered_together
 from tests.integration.test_on_demand_shadow import LIES
 from tests.shadows import service_with_shadow
-from tests.toy_models import PROMPT, reference_tokens, save_toy
+from tests.toy_models import PROMPT, reference_at, save_toy
 
 EMBEDDED_PROMPT = list(range(200, 210))
 TOKENS = 24
@@ -38,14 +37,10 @@ LAYOUTS = [(4, 8, 2), (4, 3, 2), (3, 16, None), (2, 5, 1), (3, None, 2), (1, 6, 
 TOYS = ["deepseek_v3", "gpt_oss", "qwen3_next", "mixtral"]
 
 
-def reference(path: Path, prompt: list[int], tokens: int) -> list[int]:
-    return reference_tokens(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), prompt, tokens)
-
-
 @pytest.fixture(scope="module")
 def expected() -> list[int]:
     """What transformers generates with the embedded model."""
-    return reference(EMBEDDED_MODEL, EMBEDDED_PROMPT, TOKENS)
+    return reference_at(EMBEDDED_MODEL, EMBEDDED_PROMPT, TOKENS)
 
 
 def check_slots(workers: list[ExpertWorker], slots: int | None) -> None:
@@ -73,13 +68,32 @@ def test_exact_is_transformers_own_on_every_layout(
 @pytest.mark.parametrize("model_type", TOYS)
 def test_exact_is_transformers_own_for_other_architectures(model_type: str, tmp_path: Path) -> None:
     path = save_toy(model_type, tmp_path / model_type)
-    expected = reference(path, PROMPT, TOKENS)
+    expected = reference_at(path, PROMPT, TOKENS)
     for predictor in ({"bits": 8}, {"bits": 2, "token_align_every": 4}, {"kind": "gate"}, {"kind": "history"}, None):
         with service_with_shadow(path, 3, 4, group_size=2, predictor=predictor, scheduling=JOINT) as (service, _, _):
             exact = service.generate(PROMPT, max_tokens=TOKENS, quality="exact", **GREEDY)
             fast = service.generate(PROMPT, max_tokens=TOKENS, quality="fast", **GREEDY)
         assert exact.token_ids == expected, predictor
         assert len(fast.token_ids) == TOKENS and fast.routing.substituted_gate_mass < 0.5
+
+
+@pytest.mark.parametrize(("devices", "slots", "group_size"), [(4, 8, 2), (4, 1, 4)])
+def test_drafts_are_read_along_and_exact_is_exact(
+    devices: int, slots: int, group_size: int, expected: list[int]
+) -> None:
+    """Passes of several positions under one plan; links are emulated and slow, so that the shadow is ahead."""
+    shape: dict[str, Any] = {"devices": devices, "slots": slots, "group_size": group_size, "scheduling": JOINT}
+    predictor, link = {"bits": 8, "drafts": 8}, {"bytes_per_s": 20_000_000}
+    with service_with_shadow(EMBEDDED_MODEL, **shape, predictor=predictor, link=link) as (service, workers, host):
+        exact = service.generate(EMBEDDED_PROMPT, max_tokens=TOKENS, quality="exact", **GREEDY)
+        fast = service.generate(EMBEDDED_PROMPT, max_tokens=TOKENS, quality="fast", **GREEDY)
+        assert service.report().drafts == "on"
+        assert exact.token_ids == expected and exact.routing.substituted == 0
+        assert exact.routing.accepted > 3 and exact.routing.accepted <= exact.routing.drafted
+        assert fast.routing.substituted > 0 and fast.routing.drafted > 0
+        check_slots(workers, slots)
+        assert host is not None and host.failure is None
+        check_forgotten(service)
 
 
 @pytest.mark.parametrize("slots", [1, 6])
@@ -169,20 +183,11 @@ def test_local_devices_are_exact_too(local: Moe, expected: list[int]) -> None:
 
 
 def test_requests_of_one_batch_keep_their_own_alpha(local: Moe, expected: list[int]) -> None:
-    streams = {
-        quality: local.stream(EMBEDDED_PROMPT, max_tokens=TOKENS, quality=quality, **GREEDY)
-        for quality in ("exact", 0.5)
-    }
-    answers: dict[Any, list[int]] = {quality: [] for quality in streams}
-    substituted: dict[Any, int] = {}
-    while len(substituted) < len(streams):
-        for quality in [quality for quality in streams if quality not in substituted]:
-            chunk = next(streams[quality])
-            answers[quality].extend(chunk.token_ids)
-            if chunk.routing is not None:
-                substituted[quality] = chunk.routing.substituted
-    assert answers["exact"] == expected
-    assert substituted["exact"] == 0 < substituted[0.5]
+    answers = answered_together(local, EMBEDDED_PROMPT, ("exact", 0.5), max_tokens=TOKENS, **GREEDY)
+    tokens, exact = answers["exact"]
+    _, free = answers[0.5]
+    assert tokens == expected
+    assert exact.substituted == 0 < free.substituted
 
 
 def test_settings_change_while_it_runs(local: Moe, expected: list[int]) -> None:
@@ -206,6 +211,6 @@ def test_memory_of_plans_and_sequences_does_not_grow() -> None:
 
 def check_forgotten(service: ModelService) -> None:
     joint: Any = service.experts
-    assert not joint._joint.alphas and not joint._joint._epochs and not joint._joint._places
+    assert not joint._joint.alphas and not joint._joint._epochs and not joint._joint._cadences
     assert not any(joint._joint._booked.values()) and not joint.foresight._followed
     assert np.isfinite(joint._joint._links._free_s).all()

@@ -5,16 +5,12 @@ test_shadow_cluster.py.
 """
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from predictor.forecast import LayerForecast
 from raymoe.actors.session import Session
@@ -23,7 +19,8 @@ from raymoe.experts.worker import ExpertWorker
 from raymoe.launcher import Moe
 from raymoe.transport.shadow import ShadowClient
 from tests.shadows import Lie, service_with_shadow
-from tests.toy_models import PROMPT, reference_tokens, save_toy
+from tests.toy_models import PROMPT, Toys, reference_at
+from tests.waiting import WAIT_S, until
 
 NEW_TOKENS = 12
 EMBEDDED_PROMPT = list(range(200, 210))
@@ -31,7 +28,6 @@ SHORT, LONG = 16, 32
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 ONE_EXPERT = 196_608  # bytes in float32, of the embedded model
 TOP_K, LAYERS, EXPERTS = 4, 8, 32
-WAIT_S = 60.0
 
 TOYS = ["gpt_oss", "deepseek_v3", "qwen3_next", "mixtral", "minimax", "lfm2_moe", "granitemoe"]
 PREDICTORS: dict[str, dict[str, Any] | None] = {
@@ -49,31 +45,9 @@ LAYOUTS = [(4, 2, None), (3, 1, 1), (5, 1, 2), (1, 2, None), (4, 1, 4), (3, None
 
 
 @pytest.fixture(scope="module")
-def toy_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("toys")
-
-
-def saved(directory: Path, model_type: str) -> Path:
-    path = directory / model_type
-    return path if path.exists() else save_toy(model_type, path)
-
-
-def reference(path: Path, prompt: list[int], tokens: int) -> list[int]:
-    return reference_tokens(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), prompt, tokens)
-
-
-@pytest.fixture(scope="module")
 def expected() -> list[int]:
     """What transformers generates with the embedded model."""
-    return reference(EMBEDDED_MODEL, EMBEDDED_PROMPT, LONG)
-
-
-def until(holds: Callable[[], bool], what: str) -> None:
-    """Wait for something that other threads do."""
-    end = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < end, f"{what} did not happen within {WAIT_S:g} s"
-        time.sleep(0.01)
+    return reference_at(EMBEDDED_MODEL, EMBEDDED_PROMPT, LONG)
 
 
 def check_slots(workers: list[ExpertWorker], slots: int | None, expert_bytes: int = ONE_EXPERT) -> None:
@@ -88,9 +62,9 @@ def check_slots(workers: list[ExpertWorker], slots: int | None, expert_bytes: in
 
 
 @pytest.mark.parametrize("model_type", TOYS)
-def test_every_predictor_leaves_the_tokens_of_a_toy_alone(model_type: str, toy_directory: Path) -> None:
-    path, short = saved(toy_directory, model_type), PROMPT[:3]
-    expected, after_short = reference(path, PROMPT, NEW_TOKENS), reference(path, short, NEW_TOKENS)
+def test_every_predictor_leaves_the_tokens_of_a_toy_alone(model_type: str, toys: Toys) -> None:
+    path, short = toys(model_type), PROMPT[:3]
+    expected, after_short = reference_at(path, PROMPT, NEW_TOKENS), reference_at(path, short, NEW_TOKENS)
     for index, (name, predictor) in enumerate(PREDICTORS.items()):
         devices, slots, group_size = LAYOUTS[(index + TOYS.index(model_type)) % len(LAYOUTS)]
         shape: dict[str, Any] = {"devices": devices, "slots": slots, "group_size": group_size}
@@ -121,14 +95,14 @@ def test_every_predictor_leaves_the_embedded_models_tokens_alone(name: str, expe
 @pytest.mark.parametrize(("token_every", "kv_every"), [(1, 1), (0, 0), (4, 1), (1, 4)])
 @pytest.mark.parametrize("model_type", ["gpt_oss", "lfm2_moe"])  # sliding windows, short convolutions
 def test_every_alignment_leaves_the_tokens_alone(
-    model_type: str, token_every: int, kv_every: int, run_ahead: bool, toy_directory: Path
+    model_type: str, token_every: int, kv_every: int, run_ahead: bool, toys: Toys
 ) -> None:
-    path = saved(toy_directory, model_type)
+    path = toys(model_type)
     predictor = {"bits": 4, "token_align_every": token_every, "kv_align_every": kv_every, "run_ahead": run_ahead}
     with service_with_shadow(path, 3, 2, group_size=2, predictor=predictor) as (service, _, host):
         result = service.generate(PROMPT, max_tokens=LONG, **GREEDY)
         assert host is not None and host.failure is None
-    assert result.token_ids == reference(path, PROMPT, LONG)
+    assert result.token_ids == reference_at(path, PROMPT, LONG)
     assert result.routing.foretellable > 0
 
 
@@ -295,7 +269,7 @@ def test_a_shadow_that_comes_back_takes_up_the_request_under_way(expected: list[
 @pytest.mark.parametrize("predictor", [{"bits": 8}, {"kind": "history"}, {"kind": "gate"}], ids=lambda p: str(p))
 def test_concurrent_requests_are_each_exact(predictor: dict[str, Any], expected: list[int]) -> None:
     other = EMBEDDED_PROMPT[::-1][:7]
-    wanted = {"first": expected, "second": reference(EMBEDDED_MODEL, other, LONG)}
+    wanted = {"first": expected, "second": reference_at(EMBEDDED_MODEL, other, LONG)}
     prompts = {"first": EMBEDDED_PROMPT, "second": other}
     results: dict[str, Any] = {}
     with service_with_shadow(EMBEDDED_MODEL, 4, 2, predictor=predictor) as (service, workers, host):

@@ -59,6 +59,14 @@ def test_a_shadows_forecasts_are_in_the_trace() -> None:
     assert trace.guessed_N is not None and trace.guessed_N.mean() > 0.7
 
 
+def test_under_joint_it_is_what_the_shadow_named_before_anything_was_replaced() -> None:
+    joint = {"policy": "joint", "alpha": 0.5}
+    with service_with_shadow(EMBEDDED_MODEL, slots=8, predictor={"bits": 8}, scheduling=joint) as (service, _, _):
+        trace, _ = recorded(service, has_shadow=True)
+    assert trace.recall is not None and trace.recall > 0.9
+    assert trace.guessed_N is not None and trace.guessed_N.mean() > 0.7
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 def test_other_architectures_are_recorded_as_well(model_type: str, tmp_path: Path) -> None:
     with local_service(save_toy(model_type, tmp_path)) as service:

@@ -9,8 +9,7 @@ import os
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +32,7 @@ from raymoe.errors import RequestError
 from raymoe.observe.stats import ClusterStats
 from raymoe.serve.app import build_application, engine_options
 from raymoe.serve.engine_deployment import EngineServer
+from tests.waiting import WAIT_S, until
 
 pytestmark = pytest.mark.integration
 
@@ -40,7 +40,6 @@ PROMPT = "It is a truth universally acknowledged, that"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24}
 LONG: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 900, "ignore_eos": True, "temperature": 0.0}
 CHAT = [{"role": "user", "content": "In the beginning God created"}]
-WAIT_S = 60.0  # for what takes a moment on an idle machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,14 +124,6 @@ def tuned(server: Server) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=WAIT_S, max_retries=0)
-
-
-def until(holds: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
-    """Wait for something that other processes do."""
-    end = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end, f"{what} did not happen within {timeout_s:g} s"
-        time.sleep(0.1)
 
 
 def actor_names(app: str) -> list[str]:

@@ -2,14 +2,11 @@
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
-import torch
-from transformers import AutoModelForCausalLM
 
 import raymoe
 from raymoe.actors.names import NAMESPACE, shadow_name
@@ -18,7 +15,8 @@ from raymoe.config import EMBEDDED_MODEL
 from raymoe.launcher import Moe
 from raymoe.observe import terminal
 from raymoe.observe.stats import PredictorStats
-from tests.toy_models import reference_tokens
+from tests.toy_models import reference_at
+from tests.waiting import until
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -28,7 +26,6 @@ PROMPT = list(range(200, 216))
 TOKENS, LONG = 32, 400
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 LINK = {"bytes_per_s": 40_000_000}  # a load takes 5 ms, so that a shadow on a busy machine keeps up
-WAIT_S = 90.0
 
 
 def cluster(predictor: dict[str, Any] | None, devices: int = 4, transport: str = "zmq") -> dict[str, Any]:
@@ -46,8 +43,7 @@ def cluster(predictor: dict[str, Any] | None, devices: int = 4, transport: str =
 @pytest.fixture(scope="module")
 def expected() -> list[int]:
     """What transformers generates on its own."""
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval()
-    return reference_tokens(model, PROMPT, LONG)
+    return reference_at(EMBEDDED_MODEL, PROMPT, LONG)
 
 
 @pytest.fixture(scope="module")
@@ -57,31 +53,32 @@ def shadowed(ray_session: None) -> Iterator[Moe]:
         yield moe
 
 
-def until(holds: Callable[[], bool], what: str) -> None:
-    """Wait for something that other processes do."""
-    end = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < end, f"{what} did not happen within {WAIT_S:g} s"
-        time.sleep(0.1)
-
-
 def predictor_of(moe: Moe) -> PredictorStats:
     predictor = moe.stats().predictor
     assert predictor is not None
     return predictor
 
 
-def recall_of(moe: Moe, expected: list[int]) -> float:
+def recall_of(moe: Moe, expected: list[int], **options: Any) -> float:
     """Of an answer that is exact."""
-    result = moe.generate(PROMPT, max_tokens=TOKENS, **GREEDY)
+    result = moe.generate(PROMPT, max_tokens=TOKENS, **GREEDY, **options)
     assert result.token_ids == expected[:TOKENS]
     assert result.routing.recall is not None
     return result.routing.recall
 
 
+def becomes_right(moe: Moe, expected: list[int], **options: Any) -> None:
+    """Nearly all is named in time, once the shadow gets its share of a busy machine; every answer is exact."""
+    until(lambda: recall_of(moe, expected, **options) > 0.9, "the shadow names nearly all in time")
+
+
 def test_the_shadow_foretells_what_is_loaded(shadowed: Moe, expected: list[int]) -> None:
-    assert recall_of(shadowed, expected) > 0.9
-    until(lambda: predictor_of(shadowed).steps >= TOKENS - 1, "the shadow's counts come")
+    def counted() -> bool:  # an answer that is over before a late shadow is through leaves fewer steps: ask again
+        in_time = recall_of(shadowed, expected) > 0.9 and predictor_of(shadowed).steps >= TOKENS - 1
+        engine = shadowed.stats().engine
+        return in_time and engine is not None and (engine.recall or 0.0) > 0.9
+
+    until(counted, "nearly all is named in time, and counted")
     stats = shadowed.stats()
     predictor = predictor_of(shadowed)
     assert (predictor.kind, predictor.state, predictor.reason) == ("shadow", "healthy", None)
@@ -114,7 +111,7 @@ def test_a_shadow_that_is_killed_comes_back_and_no_answer_stops(shadowed: Moe, e
     until(lambda: predictor_of(shadowed).state == "healthy", "the shadow comes back")
     after = predictor_of(shadowed)
     assert after.pid != before.pid and after.reason is None
-    until(lambda: recall_of(shadowed, expected) > 0.9, "recall recovers")
+    becomes_right(shadowed, expected)
 
 
 def test_a_shadow_that_failed_is_started_again(shadowed: Moe, expected: list[int]) -> None:
@@ -131,7 +128,7 @@ def test_a_shadow_that_failed_is_started_again(shadowed: Moe, expected: list[int
     ray.get(handle.__ray_call__.remote(break_it))
     assert shadowed.generate(PROMPT, max_tokens=TOKENS, **GREEDY).token_ids == expected[:TOKENS]
     until(lambda: predictor_of(shadowed).pid not in (0, before.pid), "another life of the shadow")
-    until(lambda: recall_of(shadowed, expected) > 0.9, "recall recovers")
+    becomes_right(shadowed, expected)
 
 
 def test_a_shadow_that_can_not_start_says_why_and_the_model_answers(
@@ -149,7 +146,7 @@ def test_a_shadow_that_can_not_start_says_why_and_the_model_answers(
 
 def test_devices_of_this_process_have_a_shadow_too(expected: list[int]) -> None:
     with raymoe.launch(cluster({"bits": 8}, devices=2, transport="local"), app="homely") as moe:
-        assert recall_of(moe, expected) > 0.9
+        becomes_right(moe, expected)
         stats = moe.stats()
     assert {device.pid for device in stats.devices.values()} == {os.getpid()}
     assert stats.predictor is not None and stats.predictor.state == "healthy" != stats.predictor.pid
@@ -179,10 +176,10 @@ def test_under_policy_joint_the_engine_orders_what_the_shadow_foretells(expected
     for device in config["devices"]:
         device["slot_memory"] = 8 * ONE_EXPERT
     with raymoe.launch(config, app="joint") as moe:
+        becomes_right(moe, expected, quality="exact")
         exact = moe.generate(PROMPT, max_tokens=TOKENS, quality="exact", **GREEDY)
         free = moe.generate(PROMPT, max_tokens=TOKENS, **GREEDY)
         stats = moe.stats()
     assert exact.token_ids == expected[:TOKENS] and exact.routing.substituted == 0 < free.routing.substituted
-    assert exact.routing.recall is not None and exact.routing.recall > 0.9
     assert sum(device.prefetches for device in stats.devices.values()) > 0
     assert all(device.peak_slot_bytes <= 8 * ONE_EXPERT for device in stats.devices.values())

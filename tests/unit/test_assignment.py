@@ -105,6 +105,16 @@ def test_what_is_queued_already_counts() -> None:
     assert assign(ids(0, 1, 2), 0, fleet(), np.array([0.0, 5.0, 1.5, 0.0])).tolist() == [0, 3, 0]
 
 
+def test_where_all_are_in_time_who_computes_fewest_gets_the_next_one() -> None:
+    cluster, tasks_W, busy_s_W = fleet(2, 2), np.array([2, 0]), np.array([0.0, 0.5])
+    assert assign(ids(0, 1), 0, cluster, busy_s_W, tasks_W=tasks_W).tolist() == [0, 1]
+    for due_s in ([9.0, 9.0], [8.0, 9.0], [9.0, 8.0]):  # as much time, however each link counts it
+        in_time = assign(ids(0, 1), 0, cluster, busy_s_W, tasks_W=tasks_W, due_s_W=np.array(due_s))
+        assert in_time.tolist() == [1, 1]
+    late = assign(ids(0, 1), 0, cluster, busy_s_W, tasks_W=tasks_W, due_s_W=np.array([0.5, 0.5]))
+    assert late.tolist() == [0, 1]
+
+
 def test_no_more_than_slots_while_others_have_some() -> None:
     assert assign(ids(0, 1, 2), 0, fleet(2, 2, load_s=[1.0, 9.0], slots=(2, 2))).tolist() == [0, 0, 1]
     assert assign(ids(0, 1, 2, 3), 0, fleet(2, 2, load_s=[1.0, 9.0], slots=(2, 1))).tolist() == [0, 0, 1, 0]

@@ -18,7 +18,7 @@ from raymoe.engine.foresight import Foresight
 from raymoe.experts.call import LoadOrder
 from raymoe.model.runner import SequenceState
 from raymoe.placement.assignment import Fleet
-from raymoe.transport.shadow import Plan
+from raymoe.transport.shadow_messages import Plan
 from raymoe.types import DeviceName, Routing, StepId
 from tests.links import FakeLink
 

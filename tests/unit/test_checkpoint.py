@@ -18,24 +18,11 @@ from raymoe.checkpoint.safetensors_file import SafetensorsFile
 from raymoe.config import EMBEDDED_MODEL
 from raymoe.errors import CheckpointError
 from raymoe.types import ExpertKey
-from tests.toy_models import TOYS, save_toy
+from tests.toy_models import TOYS, Toys, save_toy
 
 PER_EXPERT = "qwen3_moe"  # one tensor per expert and projection
 FUSED = "gpt_oss"  # one tensor for all experts of a layer, stored in the form that is served
 CONVERTED = "granitemoe_swa"  # likewise, but its own names for what transformers calls gate_up_proj
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Saves each toy once. The directories must not be written to."""
-    saved: dict[str, Path] = {}
-
-    def toy(model_type: str) -> Path:
-        if model_type not in saved:
-            saved[model_type] = save_toy(model_type, tmp_path_factory.mktemp(model_type))
-        return saved[model_type]
-
-    return toy
 
 
 @pytest.fixture
@@ -97,7 +84,7 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("model_type", sorted(TOYS))
-def test_experts_equal_those_of_the_model_that_transformers_loads(model_type: str, toys: Callable[[str], Path]) -> None:
+def test_experts_equal_those_of_the_model_that_transformers_loads(model_type: str, toys: Toys) -> None:
     checkpoint = open_checkpoint(toys(model_type), "float32")
     reference = AutoModelForCausalLM.from_pretrained(toys(model_type), dtype=torch.float32)
     for layer in checkpoint.layers:
@@ -110,7 +97,7 @@ def test_experts_equal_those_of_the_model_that_transformers_loads(model_type: st
 
 
 @pytest.mark.parametrize("model_type", sorted(TOYS))
-def test_trunk_and_experts_together_are_the_whole_text_model(model_type: str, toys: Callable[[str], Path]) -> None:
+def test_trunk_and_experts_together_are_the_whole_text_model(model_type: str, toys: Toys) -> None:
     checkpoint = open_checkpoint(toys(model_type), "float32")
     stored = {name for file in toys(model_type).glob("*.safetensors") for name in load_file(file)}
     routed = {
@@ -136,7 +123,7 @@ def test_the_embedded_model_is_described() -> None:
     assert checkpoint.trunk_bytes + checkpoint.routed_bytes <= (EMBEDDED_MODEL / SINGLE_FILE).stat().st_size
 
 
-def test_shards_hold_the_same_experts_as_one_file(editable: Path, toys: Callable[[str], Path]) -> None:
+def test_shards_hold_the_same_experts_as_one_file(editable: Path, toys: Toys) -> None:
     split_in_two(editable)
     key = ExpertKey(layer=1, expert=5)
     expected = open_checkpoint(toys(PER_EXPERT)).read_expert(key)
@@ -144,7 +131,7 @@ def test_shards_hold_the_same_experts_as_one_file(editable: Path, toys: Callable
         assert torch.equal(tensor, expected[name])
 
 
-def test_experts_are_converted_to_the_served_dtype(toys: Callable[[str], Path]) -> None:
+def test_experts_are_converted_to_the_served_dtype(toys: Toys) -> None:
     key = ExpertKey(layer=0, expert=2)
     exact = open_checkpoint(toys(PER_EXPERT), "float32").read_expert(key)
     for name, tensor in open_checkpoint(toys(PER_EXPERT), "bfloat16").read_expert(key).items():
@@ -156,9 +143,7 @@ def test_experts_are_converted_to_the_served_dtype(toys: Callable[[str], Path]) 
 
 
 @pytest.mark.parametrize("model_type", [PER_EXPERT, FUSED, CONVERTED])
-def test_opening_reads_headers_only(
-    model_type: str, toys: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opening_reads_headers_only(model_type: str, toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
     file = toys(model_type) / SINGLE_FILE
     header_bytes = int.from_bytes(file.read_bytes()[:8], "little")
     with counted_reads(monkeypatch) as lengths:
@@ -169,7 +154,7 @@ def test_opening_reads_headers_only(
 
 @pytest.mark.parametrize("model_type", [PER_EXPERT, FUSED, CONVERTED])
 def test_one_expert_costs_its_own_bytes_and_nothing_else(
-    model_type: str, toys: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    model_type: str, toys: Toys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(toys(model_type), "bfloat16")  # stored as float32, so nothing is mapped
     with counted_reads(monkeypatch) as lengths:
@@ -180,9 +165,7 @@ def test_one_expert_costs_its_own_bytes_and_nothing_else(
 
 
 @pytest.mark.parametrize("model_type", [PER_EXPERT, CONVERTED])
-def test_reads_lie_within_the_expert(
-    model_type: str, toys: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reads_lie_within_the_expert(model_type: str, toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of other experts of a fused tensor are not touched, whatever the count says."""
     checkpoint = open_checkpoint(toys(model_type), "bfloat16")
     layer, key = checkpoint.layers[1], ExpertKey(layer=1, expert=6)
@@ -213,9 +196,7 @@ def mapping_range(checkpoint: Checkpoint, name: str) -> range:
     return range(base, base + len(mapping))
 
 
-def test_experts_stored_as_served_are_mapped_without_a_copy(
-    toys: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_stored_as_served_are_mapped_without_a_copy(toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(toys(FUSED))
     with counted_reads(monkeypatch) as lengths:
         tensors = checkpoint.read_expert(ExpertKey(layer=1, expert=6))
@@ -225,12 +206,12 @@ def test_experts_stored_as_served_are_mapped_without_a_copy(
         assert tensors[parameter.name].data_ptr() in mapping_range(checkpoint, parameter.tensor_names(6)[0])
 
 
-def test_experts_that_need_conversion_are_not_mapped(toys: Callable[[str], Path]) -> None:
+def test_experts_that_need_conversion_are_not_mapped(toys: Toys) -> None:
     assert not open_checkpoint(toys(FUSED), "bfloat16").is_mapped(0)
     assert not open_checkpoint(toys(PER_EXPERT)).is_mapped(0)
 
 
-def test_mapped_tensors_outlive_the_closed_checkpoint(toys: Callable[[str], Path]) -> None:
+def test_mapped_tensors_outlive_the_closed_checkpoint(toys: Toys) -> None:
     checkpoint = open_checkpoint(toys(FUSED))
     key = ExpertKey(layer=0, expert=1)
     expected = {name: tensor.clone() for name, tensor in checkpoint.read_expert(key).items()}

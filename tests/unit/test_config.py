@@ -22,10 +22,10 @@ from raymoe.config import (
     SchedulingConfig,
     ShadowPreset,
     UserConfig,
-    parse_size_bytes,
 )
 from raymoe.errors import ConfigError
 from raymoe.presets import SHADOW_PRESETS
+from raymoe.strict import parse_size_bytes
 
 DEPLOYMENTS = sorted(Path(deployments.__file__).parent.glob("*.yaml"))
 
@@ -431,6 +431,7 @@ def test_no_such_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("devices: [", r"(?s)cluster\.yaml is not valid YAML: .*line 1"),
+        ("devices: 2024-99-99", r"(?s)cluster\.yaml is not valid YAML: month must be in 1..12"),
         ("- a\n- b\n", r"cluster\.yaml must hold a mapping with keys such as model, devices; found list"),
         ("", r"must hold a mapping .* found NoneType"),
         ("devices:\n- name: a\n  slot_memory: lots\n", r'cluster\.yaml: devices\.0\.slot_memory: "lots" is not a size'),

@@ -13,13 +13,13 @@ from raymoe.experts.conveyor import Conveyor
 from raymoe.experts.link import MemoryLink
 from raymoe.experts.loader import ON_DEMAND, PREFETCH, ThreadLoader
 from raymoe.placement.keeping import Keeper
-from tests.manual_loader import ManualLoader
-from tests.unit.test_conveyor import (
+from tests.conveyors import (
     EXPERTS,
     LAYERS,
     Rehearsal,
     begin,
     call,
+    check_changes,
     deliver,
     events,
     finish_all,
@@ -28,6 +28,7 @@ from tests.unit.test_conveyor import (
     over,
     step_id,
 )
+from tests.manual_loader import ManualLoader
 
 
 def keeping(slots: int, eviction: str = "score", fails: Iterable[int] = ()) -> tuple[Conveyor, ManualLoader]:
@@ -159,14 +160,7 @@ def test_another_keeper_judges_from_now_on_and_where_nothing_is_kept_there_is_no
 
 def test_residency_changes_lead_from_one_call_to_the_next() -> None:
     conveyor, loader = keeping(slots=3)
-    mirror: set[int] = set()
-    for position, experts in enumerate(([0], [1, 2, 3], [5, 0], [6, 7], [5])):
-        order(conveyor, [(expert + position) % EXPERTS for expert in experts], position=position + 1)
-        finish_all(conveyor, loader)
-        call(conveyor, experts, step=step_id(position))
-        loaded, evicted, _ = conveyor.take_changes()
-        mirror = mirror - set(evicted) | set(loaded)
-        assert mirror == set(np.flatnonzero(conveyor.ready(0)))
+    check_changes(conveyor, loader, ([0], [1, 2, 3], [5, 0], [6, 7], [5]))
 
 
 # --- whatever comes -------------------------------------------------------------------------------------
@@ -189,18 +183,7 @@ def test_every_call_is_served_and_nothing_is_claimed_for_ever(
 ) -> None:
     conveyor, loader = keeping(slots, eviction, fails)
     loader.reluctance = reluctance
-    rehearsal = Rehearsal(conveyor, fails)
-    for event in script:
-        if event[0] == "land":
-            running = [ticket for ticket in loader.tickets.values() if not ticket.done]
-            if running:
-                running[event[1] % len(running)].finish()
-                conveyor.on_idle()
-        rehearsal.play(event)
-    for sequence in (1, 2, 3):
-        conveyor.forget(sequence)
-    conveyor.end_step()
-    finish_all(conveyor, loader)
+    Rehearsal(conveyor, loader, fails).play(script)
     assert nobody_waits(conveyor)
 
 
@@ -209,14 +192,7 @@ def test_the_same_with_a_loader_on_a_thread(slots: int, script: list[tuple]) -> 
     loader = ThreadLoader(MemoryLink(), "test")
     conveyor = over(loader, slots)
     conveyor.keeper = Keeper("score", LAYERS, EXPERTS, window=4)
-    rehearsal = Rehearsal(conveyor)
-    for event in script:
-        rehearsal.play(event)
-    for sequence in (1, 2, 3):
-        conveyor.forget(sequence)
-    conveyor.end_step()
-    loader.close()
-    conveyor.on_idle()
+    Rehearsal(conveyor, loader).play(script)
     assert nobody_waits(conveyor)
 
 

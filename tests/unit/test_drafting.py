@@ -205,6 +205,30 @@ def test_guesses_that_never_hold_end_drafts_and_those_that_do_again_bring_them_b
     assert sum(read(2 * TRIED_EVERY)) > 2 * TRIED_EVERY
 
 
+def test_no_more_are_told_than_the_shadow_has_lately_had_ready() -> None:
+    def told(offers: int) -> set[int]:
+        source.offers = source.offers[:offers] if offers < len(source.offers) else list(range(100, 100 + offers))
+        depths = set()
+        for _ in range(50):
+            drafts = reading.offer(1, 7, 10) or []
+            reading.note(1, drafts, len(drafts), 0.01 * (1 + 0.1 * len(drafts)), 4)
+            depths.add(source.coming)
+        return depths
+
+    source = Source()
+    reading = drafting(source)
+    reading.begin(1)
+    told(20)
+    assert told(2) <= {1, 2} and source.coming == 2
+    source.held = False  # it had to begin anew: no news of how far ahead it gets
+    source.offers = []
+    reading.offer(1, 7, 10)
+    assert source.coming == 2
+    source.held = True
+    told(20)
+    assert source.coming == 4
+
+
 def test_no_more_are_read_than_the_answer_has_room_for() -> None:
     reading = drafting(Source())
     reading.begin(1)

@@ -28,7 +28,7 @@ from raymoe.model.runner import Runner
 from raymoe.model.sites import MoeSite, attach_sites
 from raymoe.model.trunk import build_trunk
 from raymoe.types import DeviceName, ExpertKey
-from tests.toy_models import PROMPT, TOYS, reference_tokens, save_toy
+from tests.toy_models import PROMPT, TOYS, Toys, reference_at
 
 TEXT = Path(__file__).parents[2] / "benchmarks" / "data" / "eval"
 EXPERT_BYTES = 3 * 64 * 256 * 4  # of the embedded model in float32
@@ -136,11 +136,6 @@ def embedded() -> Model:
     return model_at(EMBEDDED_MODEL)
 
 
-@pytest.fixture(scope="module")
-def toy_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("toys")
-
-
 def run(model: Model, prompt: list[int], tokens: list[int], ask: Ask) -> list[torch.Tensor]:
     """Logits of a prompt and of each token after it."""
     runner = Runner(model.trunk)
@@ -227,8 +222,8 @@ def routed(output: ResidentOutput) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model_type", sorted(TOYS))
-def test_with_every_expert_here_the_next_gate_is_foretold_exactly(model_type: str, toy_directory: Path) -> None:
-    model = model_at(save_toy(model_type, toy_directory / model_type))
+def test_with_every_expert_here_the_next_gate_is_foretold_exactly(model_type: str, toys: Toys) -> None:
+    model = model_at(toys(model_type))
     plain = run(model, UNSEEN, list(range(40, 40 + STEPS)), lambda _layer, _output: None)
     run(model, UNSEEN[:4], [], lambda layer, output: ask_once(model, layer, output))  # recording begins here
     told, logits = told_by(model, UNSEEN, list(range(40, 40 + STEPS)))
@@ -398,14 +393,11 @@ def open_with(path: Path, slot_memory: int | None, **scheduling: Any) -> Moe:
 
 
 @pytest.mark.parametrize("model_type", ["embedded", "deepseek_v3", "gpt_oss", "qwen3_next"])
-def test_forecasts_do_not_change_the_tokens(model_type: str, toy_directory: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    path = EMBEDDED_MODEL if model_type == "embedded" else save_toy(model_type, toy_directory / model_type)
+def test_forecasts_do_not_change_the_tokens(model_type: str, toys: Toys) -> None:
+    path = EMBEDDED_MODEL if model_type == "embedded" else toys(model_type)
     prompt = list(range(200, 216)) if model_type == "embedded" else PROMPT
     budget = 32 * EXPERT_BYTES if model_type == "embedded" else 24_000
-    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    expected = reference_tokens(reference, prompt, 24)
+    expected = reference_at(path, prompt, 24)
     for prefetch in ("gate", "resident", "none"):
         with open_with(path, budget, policy="importance", alpha=0.0, prefetch=prefetch) as moe:
             result = moe.generate(prompt, max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -432,8 +424,8 @@ def test_the_resident_forecast_loads_ahead_in_the_engine() -> None:
     assert sum(scores_TE is not None for scores_TE in real) > 20
 
 
-def test_a_preview_of_a_call_changes_nothing_and_is_used_again(toy_directory: Path) -> None:
-    checkpoint = open_checkpoint(save_toy("qwen3_moe", toy_directory / "preview"), "float32")
+def test_a_preview_of_a_call_changes_nothing_and_is_used_again(toys: Toys) -> None:
+    checkpoint = open_checkpoint(toys("qwen3_moe"), "float32")
     one = checkpoint.layers[0].expert_bytes(torch.float32)
     worker = make_worker(checkpoint, DeviceConfig(name="edge", slot_memory=5 * one))
     worker.own([ExpertKey(layer=layer, expert=expert) for layer in range(2) for expert in range(8)])
@@ -458,8 +450,8 @@ def test_a_preview_of_a_call_changes_nothing_and_is_used_again(toy_directory: Pa
     worker.close()
 
 
-def test_a_preview_of_several_devices_is_in_the_order_of_pairs(toy_directory: Path) -> None:
-    checkpoint = open_checkpoint(save_toy("qwen3_moe", toy_directory / "several"), "float32")
+def test_a_preview_of_several_devices_is_in_the_order_of_pairs(toys: Toys) -> None:
+    checkpoint = open_checkpoint(toys("qwen3_moe"), "float32")
     one = checkpoint.layers[0].expert_bytes(torch.float32)
     workers = {
         DeviceName(name): make_worker(checkpoint, DeviceConfig(name=name, slot_memory=3 * one)) for name in ("a", "b")
@@ -483,7 +475,7 @@ def test_a_preview_of_several_devices_is_in_the_order_of_pairs(toy_directory: Pa
         worker.close()
 
 
-def test_experts_are_called_as_before_after_the_proof(toy_directory: Path) -> None:
-    model = model_at(save_toy("mixtral", toy_directory / "mixtral-after"))
+def test_experts_are_called_as_before_after_the_proof(toys: Toys) -> None:
+    model = model_at(toys("mixtral"))
     assert all(module.raymoe_backend is model.experts for _, module in experts_modules(model.trunk))
     assert not any("forward" in vars(module) for module in model.trunk.modules())

@@ -14,7 +14,7 @@ from raymoe.config import PredictorConfig
 from raymoe.engine.foresight import SETTLED_AFTER, Foresight, PlanBook, joined
 from raymoe.model.kv import align, entries, unpack
 from raymoe.model.runner import SequenceState
-from raymoe.transport.shadow import Begin, Draft, End, Plan, Token
+from raymoe.transport.shadow_messages import Begin, Draft, End, Plan, Token
 from raymoe.types import Routing, SamplingRecipe, StepId
 from tests.links import FakeLink
 

@@ -68,6 +68,17 @@ def test_what_scores_low_gives_way_to_what_is_held() -> None:
     assert placed(plan) == {0: (0, True), 1: (1, True), 4: (1, False)} and plan.replaced == 1
 
 
+def test_what_was_ordered_for_other_tokens_is_there_and_loads_before_the_rest() -> None:
+    cluster = fleet()
+    plan = plan_layer(0, FORECAST, CHOSEN, cluster, ordered={0: 1, 5: 1}, alpha_T=0.0)
+    assert placed(plan) == {0: (1, False), 1: (0, True), 2: (0, True)}
+    held_WE = holding(cluster, (0, 0))
+    plan = plan_layer(0, FORECAST, CHOSEN, cluster, held_WE=held_WE, ordered={0: 1}, alpha_T=0.0)
+    assert placed(plan)[0] == (1, False), "it stays with whom it was ordered of"
+    plan = plan_layer(0, FORECAST, CHOSEN, cluster, ordered={3: 0}, alpha_T=0.5)
+    assert placed(plan) == {0: (1, True), 1: (0, True), 3: (0, False)} and plan.replaced == 1
+
+
 @pytest.mark.parametrize(("alpha", "expert"), [(0.0, 2), (0.1, 2), (0.11, 2), (0.2, 4)])
 def test_a_plan_is_more_careful_than_alpha(alpha: float, expert: int) -> None:
     """Expert 4 lies 9 % below the best of the others, expert 2 as much above: the window must be that wide."""
@@ -94,6 +105,32 @@ def test_of_several_holders_the_group_comes_first_then_who_has_least() -> None:
 def test_loads_go_to_whose_link_is_free_first() -> None:
     plan = plan_layer(0, FORECAST, CHOSEN, fleet(), busy_s_W=np.array([1.5, 0.0]))
     assert placed(plan) == {0: (1, True), 1: (1, True), 2: (0, True)}
+
+
+SOON, LATER = np.full(2, 0.5), np.full(2, 9.0)
+
+
+def test_who_holds_much_loads_little_where_links_have_the_time() -> None:
+    cluster = fleet()
+    held_WE, busy_s_W = holding(cluster, (0, 0)), np.array([0.0, 0.5])
+    in_a_hurry = plan_layer(0, FORECAST, CHOSEN, cluster, held_WE=held_WE, busy_s_W=busy_s_W, due_s_W=SOON)
+    assert placed(in_a_hurry) == {0: (0, False), 1: (0, True), 2: (1, True)}
+    in_time = plan_layer(0, FORECAST, CHOSEN, cluster, held_WE=held_WE, busy_s_W=busy_s_W, due_s_W=LATER)
+    assert placed(in_time) == {0: (0, False), 1: (1, True), 2: (0, True)}
+
+
+def test_what_one_worker_holds_is_loaded_by_another_only_where_that_costs_nothing() -> None:
+    cluster = fleet()
+    held_WE = holding(cluster, (0, 0), (0, 1), (0, 2))
+    assert placed(plan_layer(0, FORECAST, CHOSEN, cluster, held_WE=held_WE)) == dict.fromkeys((0, 1, 2), (0, False))
+    in_time = plan_layer(0, FORECAST, CHOSEN, cluster, held_WE=held_WE, due_s_W=LATER)
+    assert placed(in_time) == {0: (0, False), 1: (0, False), 2: (1, True)}
+    in_a_hurry = plan_layer(0, FORECAST, CHOSEN, cluster, held_WE=held_WE, due_s_W=SOON)
+    assert placed(in_a_hurry) == dict.fromkeys((0, 1, 2), (0, False))
+    ordered = plan_layer(0, FORECAST, CHOSEN, cluster, ordered={0: 0, 1: 0, 2: 0}, due_s_W=LATER)
+    assert placed(ordered) == dict.fromkeys((0, 1, 2), (0, False)), "what was ordered of a worker is its task"
+    full = plan_layer(0, FORECAST, CHOSEN, cluster, held_WE=held_WE, due_s_W=LATER, busy_s_W=np.array([0.0, 8.5]))
+    assert placed(full) == dict.fromkeys((0, 1, 2), (0, False))
 
 
 def test_an_expert_that_nobody_has_is_named() -> None:
@@ -251,3 +288,21 @@ def test_nothing_held_is_load_for_load_the_cacheless_plan(
     if alpha == 0:
         assert plan.experts_N.tolist() == needed_N.tolist()
         assert plan.workers_N.tolist() == assign(needed_N, layer, cluster).tolist()
+
+
+@given(batches(), st.integers(0, 1), st.lists(st.floats(0.0, 20.0), min_size=8, max_size=8), st.floats(0.0, 30.0))
+def test_no_worker_of_a_group_has_two_more_than_one_whose_link_has_the_time(
+    batch: tuple[np.ndarray, np.ndarray, np.ndarray, Fleet], layer: int, busy: list[float], due_s: float
+) -> None:
+    scores_TE, chosen_TK, held_WE, cluster = batch
+    busy_s_W, due_s_W = np.array(busy[: cluster.workers]), np.full(cluster.workers, due_s)
+    group = list(cluster.group_of(layer))
+    held_WE[[worker for worker in range(cluster.workers) if worker not in group]] = False
+    plan = plan_layer(layer, scores_TE, chosen_TK, cluster, held_WE=held_WE, busy_s_W=busy_s_W, due_s_W=due_s_W)
+    tasks_W = np.bincount(plan.workers_N, minlength=cluster.workers)
+    next_s_W = busy_s_W + (1 + np.bincount(plan.workers_N[plan.loads_N], minlength=cluster.workers)) * cluster.loads_s
+    in_time = [worker for worker in group if next_s_W[worker] <= due_s]
+    owners_WE = cluster.owners_LWE[layer]
+    for worker in in_time:
+        if owners_WE[worker].all() and (cluster.slots_W is None or tasks_W[worker] < cluster.slots_W[worker]):
+            assert tasks_W[group].max() <= tasks_W[worker] + 1

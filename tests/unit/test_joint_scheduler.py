@@ -11,12 +11,13 @@ from predictor.forecast import LayerForecast
 from raymoe.config import PredictorConfig
 from raymoe.engine.cacheless import MOST_DECODE_TOKENS
 from raymoe.engine.foresight import Foresight
-from raymoe.engine.joint import JointConductor, JointScheduler, LinkQueues, with_residents
+from raymoe.engine.joint import JointConductor, JointScheduler, with_residents
 from raymoe.experts.call import LoadOrder
 from raymoe.model.router_rule import RouterRule
 from raymoe.model.runner import SequenceState
 from raymoe.placement.assignment import Fleet
-from raymoe.transport.shadow import Plan
+from raymoe.placement.link_queues import LinkQueues
+from raymoe.transport.shadow_messages import Plan
 from raymoe.types import DeviceName, Routing, StepId
 from tests.links import FakeLink
 
@@ -198,6 +199,35 @@ def test_what_was_ordered_for_an_earlier_step_is_counted_on() -> None:
     assert experts._joint.planned_away == 0
 
 
+def test_forecasts_for_the_positions_of_one_pass_add_up() -> None:
+    experts, dispatcher, link = scheduler()
+    other = forecast()
+    other.experts_TK[:] = [[1, 3, 0]]
+    read_one(experts, 0.0, link, forecast(), other)
+    assert dispatcher.said() == [("a", 1, 0, [0, 2]), ("b", 1, 0, [1]), ("b", 1, 0, [3])]
+    ask(experts, 0, [0, 1, 2], [1, 3, 0])
+    plan = dispatcher.calls[0]["plan"]
+    assert dict(zip(plan.experts_N.tolist(), plan.workers_N.tolist(), strict=True)) == {0: 0, 1: 1, 2: 0, 3: 1}
+
+
+def test_what_one_position_needs_is_at_hand_for_the_others() -> None:
+    experts, dispatcher, link = scheduler()
+    other = forecast()
+    other.experts_TK[:] = [[0, 1, 5]]
+    read_one(experts, 0.5, link, forecast(), other)
+    assert dispatcher.said() == [("a", 1, 0, [0, 2]), ("b", 1, 0, [1])]
+    assert experts._joint.planned_away == 1
+    assert ask(experts, 0, [0, 1, 2], [0, 1, 5])[0] == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_pass_of_many_positions_substitutes_too() -> None:
+    experts, dispatcher, link = scheduler()
+    dispatcher.held = {(0, 1, 4)}
+    read_one(experts, 0.5, link, forecast())
+    many = [[0, 1, 5]] * (MOST_DECODE_TOKENS + 1)
+    assert ask(experts, 0, *many)[0] == [[0, 1, 4]] * len(many)
+
+
 def test_what_was_used_is_counted_on_no_more_but_as_workers_say() -> None:
     experts, dispatcher, link = scheduler()
     read_one(experts, 0.0, link, forecast())
@@ -209,6 +239,21 @@ def test_what_was_used_is_counted_on_no_more_but_as_workers_say() -> None:
     assert dispatcher.said() == [("a", 2, 0, [1]), ("b", 2, 0, [0, 2])]
 
 
+def test_a_layer_that_has_come_waits_for_the_plan_of_its_own_alone() -> None:
+    experts, dispatcher, link = scheduler()
+    read_one(experts, 0.0, link, forecast())
+    dispatcher.said()
+    later = forecast(StepId(sequence=1, position=2))
+    link.coming = [later]
+    experts.route(0, torch.tensor([[0, 1, 2]]), torch.ones(1, 3) / 3)
+    assert experts.foresight.plan(0) is not None and link.coming == [later]
+    ask(experts, 0, [0, 1, 2])
+    assert not link.coming and {position for _, position, _, _ in dispatcher.said()} == {2}, "while workers compute"
+    link.coming = [forecast(layer=1)]
+    ask(experts, 1, [0, 1, 2])
+    assert dispatcher.calls[-1]["plan"].experts_N.tolist() == [0, 1, 2]
+
+
 def test_a_new_epoch_makes_orders_void_with_every_worker() -> None:
     experts, dispatcher, link = scheduler()
     read_one(experts, 0.0, link, forecast())
@@ -218,7 +263,7 @@ def test_a_new_epoch_makes_orders_void_with_every_worker() -> None:
     )
     link.coming = [single]
     experts.foresight.listen()
-    assert [(str(name), o.epoch, o.experts.tolist()) for name, o in dispatcher.orders] == [("b", 1, []), ("a", 1, [3])]
+    assert [(str(name), o.epoch, o.experts.tolist()) for name, o in dispatcher.orders] == [("a", 1, [3]), ("b", 1, [])]
     assert list(experts._joint._booked[0]) == [NEXT]
 
 
@@ -296,7 +341,7 @@ def test_residents_that_no_plan_names_are_asked_for_where_they_are() -> None:
     ask(experts, 0, [0, 1, 3])
     plan = dispatcher.calls[0]["plan"]
     asked = dict(zip(plan.experts_N.tolist(), plan.workers_N.tolist(), strict=True))
-    assert asked == {0: 0, 1: 0, 2: 1, 3: 1}
+    assert asked == {0: 1, 1: 0, 2: 0, 3: 1}
     experts.end(1)
     ask(experts, 0, [3])
     assert dispatcher.calls[1]["plan"].workers_N.tolist() == [1] and dispatcher.calls[1]["step"] is None
@@ -312,7 +357,7 @@ def test_what_is_settled_of_a_sequence_is_forgotten() -> None:
     read_one(experts, 0.5, link, forecast(), forecast(layer=1, epoch=1))
     experts.end(1)
     joint = experts._joint
-    assert not joint.alphas and not joint._epochs and not joint._places and not any(joint._booked.values())
+    assert not joint.alphas and not joint._epochs and not joint._cadences and not any(joint._booked.values())
 
 
 def test_other_similarity_is_the_plans_too() -> None:

@@ -82,6 +82,7 @@ def test_a_plan_in_words(devices: Path) -> None:
         "importance",
         "Fastest:",
         "no room",
+        "Kept by joint",
     ):
         assert words in result.stdout
 
@@ -92,6 +93,9 @@ def test_a_plan_as_json_and_a_budget(devices: Path) -> None:
     assert found["fits"] and found["model"]["known_from"] == "headers" and found["within_budget"] is None
     by_name = {policy["policy"]: policy for policy in found["policies"]}
     assert by_name["all_resident"]["tpot_s"] is None
+    (worker,) = found["devices"]
+    in_use = 2 * -(-found["model"]["top_k"] // by_name["joint"]["group_size"])
+    assert worker["keeps"] == max(0, worker["slots"] - in_use)
     best = by_name[found["best"]]["tpot_s"]
     met = run(*arguments, "--tpot-ms", str(best * 1e3 * 1.01))
     assert met.exit_code == 0 and found["best"] in json.loads(met.stdout)["within_budget"]

@@ -1,7 +1,6 @@
 """A rule fitted to a router's probe holds for tokens that the probe did not see, for every architecture."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from raymoe.model.router import Router, attach_routers
 from raymoe.model.router_rule import RouterHints, RouterRule, RoutingSample, fit_rule
 from raymoe.model.runner import Runner
 from raymoe.model.trunk import build_trunk
-from tests.toy_models import TOYS, save_toy
+from tests.toy_models import TOYS, Toys
 
 UNSEEN = [3, 118, 99, 12, 70, 7, 101, 25, 53, 88, 110, 31, 5, 64, 17, 96, 40, 122, 11, 76, 2, 109, 58, 83]
 
@@ -46,15 +45,9 @@ class HalfExperts:
         return (0.5 * hidden_TH).unsqueeze(1).expand(-1, experts_TK.shape[1], -1)
 
 
-@pytest.fixture(scope="module")
-def toy_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("toys")
-
-
-def trunk_of(model_type: str, directory: Path, dtype: str = "float32", backend: HalfExperts | None = None) -> Any:
+def trunk_of(model_type: str, toys: Toys, dtype: str = "float32", backend: HalfExperts | None = None) -> Any:
     """A toy's trunk in which everything that could bias a choice or scale a weight is far from neutral."""
-    path = directory / model_type
-    checkpoint = open_checkpoint(path if path.exists() else save_toy(model_type, path), dtype)
+    checkpoint = open_checkpoint(toys(model_type), dtype)
     trunk = build_trunk(checkpoint, backend or HalfExperts(), torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     for name, tensor in itertools.chain(trunk.named_parameters(), trunk.named_buffers()):
@@ -99,15 +92,15 @@ def assert_rules_hold(trunk: Any, without_rule: list[int], tolerance: float = 1e
 
 
 @pytest.mark.parametrize("model_type", sorted(TOYS))
-def test_rule_holds_for_tokens_that_the_probe_did_not_see(model_type: str, toy_directory: Path) -> None:
-    assert_rules_hold(trunk_of(model_type, toy_directory), WITHOUT_RULE.get(model_type, []))
+def test_rule_holds_for_tokens_that_the_probe_did_not_see(model_type: str, toys: Toys) -> None:
+    assert_rules_hold(trunk_of(model_type, toys), WITHOUT_RULE.get(model_type, []))
 
 
 @pytest.mark.parametrize(
     "model_type", ["cohere2_moe", "deepseek_v3", "deepseek_v4", "gemma4_text", "gpt_oss", "jamba", "lfm2_moe"]
 )
-def test_rule_holds_within_the_rounding_of_bfloat16(model_type: str, toy_directory: Path) -> None:
-    trunk = trunk_of(model_type, toy_directory, "bfloat16")
+def test_rule_holds_within_the_rounding_of_bfloat16(model_type: str, toys: Toys) -> None:
+    trunk = trunk_of(model_type, toys, "bfloat16")
     assert_rules_hold(trunk, WITHOUT_RULE.get(model_type, []), tolerance=2**-6)
 
 
@@ -126,9 +119,9 @@ def test_rule_holds_within_the_rounding_of_bfloat16(model_type: str, toy_directo
     ],
 )
 def test_rule_follows_the_settings_of_a_checkpoint(
-    model_type: str, settings: dict[str, Any], expected: dict[str, Any], toy_directory: Path
+    model_type: str, settings: dict[str, Any], expected: dict[str, Any], toys: Toys
 ) -> None:
-    trunk = trunk_of(model_type, toy_directory)
+    trunk = trunk_of(model_type, toys)
     for module, (name, value) in itertools.product(trunk.modules(), settings.items()):
         if hasattr(module, name):
             setattr(module, name, value)
@@ -136,17 +129,17 @@ def test_rule_follows_the_settings_of_a_checkpoint(
         assert {name: getattr(router.rule, name) for name in expected} == expected
 
 
-def test_rules_belong_to_layers(toy_directory: Path) -> None:
-    routers = attach_routers(trunk_of("deepseek_v3", toy_directory))
+def test_rules_belong_to_layers(toys: Toys) -> None:
+    routers = attach_routers(trunk_of("deepseek_v3", toys))
     biases = [router.rule.bias_E for router in routers if router.rule is not None]
     assert len(biases) == 2
     assert not np.array_equal(biases[0], biases[1])
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v4", "jamba", "kimi_linear", "minimax", "nemotron_h", "zaya"])
-def test_the_probe_leaves_nothing_behind(model_type: str, toy_directory: Path) -> None:
+def test_the_probe_leaves_nothing_behind(model_type: str, toys: Toys) -> None:
     backend = HalfExperts()
-    trunk = trunk_of(model_type, toy_directory, backend=backend)
+    trunk = trunk_of(model_type, toys, backend=backend)
     before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
     logits, _ = Runner(trunk).prefill(UNSEEN)
     random_state = torch.random.get_rng_state()
@@ -162,9 +155,9 @@ def test_the_probe_leaves_nothing_behind(model_type: str, toy_directory: Path) -
     assert torch.equal(Runner(trunk).prefill(UNSEEN)[0], logits)
 
 
-def test_a_probe_that_fails_leaves_nothing_behind(toy_directory: Path) -> None:
+def test_a_probe_that_fails_leaves_nothing_behind(toys: Toys) -> None:
     backend = HalfExperts()
-    trunk = trunk_of("mixtral", toy_directory, backend=backend)
+    trunk = trunk_of("mixtral", toys, backend=backend)
 
     def fail(*_args: Any) -> None:
         raise RuntimeError("out of memory")
@@ -178,8 +171,8 @@ def test_a_probe_that_fails_leaves_nothing_behind(toy_directory: Path) -> None:
     assert all(router.rule is not None for router in attach_routers(trunk))
 
 
-def test_logits_are_those_of_the_last_forward(toy_directory: Path) -> None:
-    trunk = trunk_of("qwen3_next", toy_directory)
+def test_logits_are_those_of_the_last_forward(toys: Toys) -> None:
+    trunk = trunk_of("qwen3_next", toys)
     routers = attach_routers(trunk)
     runner = Runner(trunk)
     _, state = runner.prefill(UNSEEN)

@@ -101,11 +101,12 @@ class Script:
         return ClusterStats(app="tiny", devices={"edge": DEVICE}, engine=ENGINE, policy="importance")
 
 
-def ask(backend: Script, path: str, body: Any = None, **options: Any) -> httpx.Response:
+def ask(asked: Script | Api, path: str, body: Any = None, **options: Any) -> httpx.Response:
     """One HTTP request, in process."""
+    api = asked if isinstance(asked, Api) else Api(asked, "tiny")
 
     async def request() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(Api(backend, "tiny")), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(create_app(api), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             if body is None and not options:
                 return await client.get(path)
@@ -286,9 +287,10 @@ def test_large_bodies_are_413_announced_or_not() -> None:
 
 
 def test_models() -> None:
-    [model] = ask(Script(), "/v1/models").json()["data"]
+    api = Api(Script(), "tiny")
+    [model] = ask(api, "/v1/models").json()["data"]
     assert (model["id"], model["object"]) == ("tiny", "model")
-    assert ask(Script(), "/v1/models/tiny").json() == model
+    assert ask(api, "/v1/models/tiny").json() == model
     assert ask(Script(), "/v1/models/a/b").json()["error"]["code"] == "model_not_found"
 
 

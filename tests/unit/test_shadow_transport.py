@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 import zmq
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from predictor.forecast import LayerForecast
 from raymoe.errors import FrameError
-from raymoe.transport.frames import DTYPES, HEADER, Header, Kind, Limits, Message, parse_header
-from raymoe.transport.shadow import (
+from raymoe.transport.frames import DTYPES, HEADER, Header, Kind, Limits, parse_header
+from raymoe.transport.shadow import ShadowClient, ShadowServer
+from raymoe.transport.shadow_messages import (
     MOST_DRAFTS,
     MOST_TOKENS,
     Begin,
@@ -27,8 +28,6 @@ from raymoe.transport.shadow import (
     End,
     News,
     Plan,
-    ShadowClient,
-    ShadowServer,
     Token,
     pack_foretold,
     pack_from_shadow,
@@ -42,17 +41,12 @@ from raymoe.transport.shadow import (
 )
 from raymoe.transport.sockets import Endpoint, KeyPair, client_socket
 from raymoe.types import SamplingRecipe, StepId
+from tests.frames import DAMAGED, wire
 
 LIMITS = Limits(layers=8, rows=64, pairs=256, hidden=64, experts=32, changes=64, body_bytes=1 << 16)
 WORKERS = 5
 TIMEOUT_S = 30.0
 UINT32, INT32 = (1 << 32) - 1, (1 << 31) - 1
-
-
-def wire(message: Message) -> list[bytes]:
-    """What arrives at the other end."""
-    return [bytes(memoryview(part).cast("B")) if len(part) else b"" for part in message]
-
 
 sequences = st.integers(0, UINT32)
 numbers = st.floats(allow_nan=False)
@@ -251,35 +245,10 @@ messages = st.one_of(
 )
 
 
-@given(st.lists(st.binary(max_size=100), max_size=5))
-def test_random_frames_raise_nothing_but_frame_errors(frames: list[bytes]) -> None:
-    check_parsers(frames)
-
-
-@given(messages, st.data())
-def test_a_damaged_header_raises_nothing_but_frame_errors(frames: list[bytes], data: st.DataObject) -> None:
-    header = bytearray(frames[0])
-    for _ in range(data.draw(st.integers(1, 4))):
-        header[data.draw(st.integers(0, HEADER.size - 1))] = data.draw(st.integers(0, 255))
-    check_parsers([bytes(header), *frames[1:]])
-
-
-@given(messages, st.data())
-def test_a_truncated_or_padded_frame_raises_nothing_but_frame_errors(frames: list[bytes], data: st.DataObject) -> None:
-    index = data.draw(st.integers(0, len(frames) - 1))
-    cut = data.draw(st.integers(0, len(frames[index])))
-    changed = frames[index][:cut] if data.draw(st.booleans()) else frames[index] + b"\0" * (cut + 1)
-    assume(changed != frames[index])
-    check_parsers([*frames[:index], changed, *frames[index + 1 :]])
-
-
-@given(messages, st.data())
-def test_missing_extra_and_swapped_frames_raise_nothing_but_frame_errors(
-    frames: list[bytes], data: st.DataObject
-) -> None:
-    check_parsers(data.draw(st.permutations(frames)))
-    check_parsers(frames[: data.draw(st.integers(0, len(frames)))])
-    check_parsers([*frames, *data.draw(st.lists(st.binary(max_size=8), min_size=1, max_size=3))])
+@pytest.mark.parametrize("damage", DAMAGED)
+@given(data=st.data())
+def test_damaged_messages_raise_nothing_but_frame_errors(damage: str, data: st.DataObject) -> None:
+    check_parsers(data.draw(DAMAGED[damage](messages)))
 
 
 @given(plans(), st.binary(max_size=64), st.integers(1, 2))

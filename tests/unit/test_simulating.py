@@ -88,6 +88,7 @@ def test_simulate_prints_a_row_per_policy(cluster: str) -> None:
         "on_demand",
         "importance",
         "on_demand_shadow",
+        "joint",
         "Of roofline",
         "simulated, not measured",
     ):
@@ -112,6 +113,7 @@ def test_simulate_reads_a_trace_and_prints_json(cluster: str, tmp_path: Path) ->
         (["/no/such.npz"], "can't read the trace /no/such.npz"),
         (["synthetic", "--like", "tiny-moe", "--policy", "best"], '--policy is "best"; allowed are all_resident'),
         (["synthetic", "--like", "tiny-moe", "--steps", "0"], "--steps is 0"),
+        (["synthetic", "--like", "tiny-moe", "--spare-slots", "-1"], "--spare-slots is -1; allowed is 0 to"),
         (["synthetic", "--like", "tiny-moe", "--drafts", "9"], "--drafts is 9; allowed is 0 to 8"),
         (["synthetic", "--like", "tiny-moe", "--persistence", "2"], "--persistence is 2; allowed is 0 to 1"),
     ],

@@ -14,7 +14,7 @@ from raymoe.experts.loader import ON_DEMAND, PREFETCH
 from raymoe.placement.pipelining import DecodePipeline, predicted_tpot_s
 from raymoe.simulation.link import SimLink, SimTicket
 from raymoe.simulation.loop import EventLoop, Lane
-from raymoe.simulation.run import POLICIES, simulate, with_forecasts
+from raymoe.simulation.run import FORETOLD, POLICIES, simulate, with_agreement, with_forecasts
 from raymoe.simulation.setting import NetworkTimes, ShadowTimes
 from raymoe.simulation.synthetic import Habits, synthetic
 from tests.simulated import EXPERT_BYTES, setting, shape, trace_of, walking
@@ -305,6 +305,59 @@ def test_wrong_drafts_gain_nothing_and_lose_little() -> None:
     assert found.tpot_s < 1.25 * without.tpot_s
 
 
+@pytest.mark.parametrize("policy", ["on_demand_shadow", "joint"])
+def test_none_are_read_where_none_are_guessed_in_time(policy: str) -> None:
+    """With none allowed, or none there yet as the shadow waits for the token: passes of one position, as without."""
+    of = shape(experts=16)
+    cluster = setting(of, 8, main_s=5.0, worker_s=0.5, load_s=4.0, slots=4, shadow_s=1.0)
+    routing = synthetic(of, 32)
+    plain = simulate(routing, cluster, policy)  # type: ignore[arg-type]
+    assert simulate(routing, cluster, policy, drafts=0) == plain  # type: ignore[arg-type]
+    late = replace(cluster, shadow=ShadowTimes(layer_s=20.0, run_ahead=0))
+    assert simulate(routing, late, policy, drafts=2).tokens_per_pass == 1.0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", ["on_demand_shadow", "joint"])
+def test_a_pass_loads_what_its_positions_share_once(policy: str) -> None:
+    """Every position needs the same two experts: as many loads per pass as otherwise per token."""
+    of = shape(layers=4, experts=8, top_k=2)
+    scores_NLE = np.full((1, 4, 8), 0.125, dtype=np.float16)
+    routing = trace_of([[[0, 1]] * 4], of, scores_NLE=scores_NLE)
+    cluster = setting(of, 2, main_s=5.0, worker_s=0.5, load_s=1.0, slots=2, shadow_s=0.1)
+    found = simulate(routing, cluster, policy, steps=32, drafts=3, alpha=0.0)  # type: ignore[arg-type]
+    assert found.tokens_per_pass == 4.0
+    assert found.loads_per_token == TPOT(2.0)
+
+
+def test_further_positions_cost_main_node_and_workers_their_rows() -> None:
+    """Four rows per pass: 3 s for each further one at the main node, 1 s at each of the two workers, in each layer."""
+    of = shape(layers=2, experts=8, top_k=2)
+    cluster = setting(of, 2, main_s=5.0, worker_s=2.0, load_s=0.1, slots=2, shadow_s=0.1)
+    costly = replace(
+        cluster,
+        main=replace(cluster.main, row_s=3.0),
+        workers=tuple(replace(worker, row_s=1.0) for worker in cluster.workers),
+    )
+    routing = trace_of([[[0, 1]] * 2], of)
+    cheap_s, costly_s = (
+        simulate(routing, of_, "on_demand_shadow", steps=32, drafts=3).tpot_s for of_ in (cluster, costly)
+    )
+    assert (cheap_s, costly_s) == (TPOT(2 * 7.0 / 4), TPOT(2 * (7.0 + 3 * 3.0 + 3 * 1.0) / 4))
+
+
+def test_fewer_right_drafts_make_fewer_tokens_per_pass() -> None:
+    of = shape()
+    cluster = setting(of, 8, main_s=5.0, worker_s=0.5, load_s=0.1, slots=4, shadow_s=0.1)
+    routing = synthetic(of, 128)
+    gained = [
+        simulate(with_agreement(routing, rate), cluster, "on_demand_shadow", drafts=3).tokens_per_pass
+        for rate in (0.0, 0.5, 0.9, 1.0)
+    ]
+    assert gained == sorted(gained) and gained[0] == 1.0 and gained[-1] == TPOT(4.0, rel=0.1)
+    with pytest.raises(ConfigError, match=r"--acceptance is 1\.5; allowed is 0 to 1"):
+        with_agreement(routing, 1.5)
+
+
 # --- what must hold -------------------------------------------------------------------------------------
 
 
@@ -325,7 +378,7 @@ def test_any_cluster_decodes_to_its_end_the_same_each_time(
     of = shape(layers=3, experts=8, top_k=2)
     routing = synthetic(of, 12, Habits(recall=recall, agreement=agreement, seed=seed))
     cluster = setting(of, workers, main_s=1.0, worker_s=0.2, load_s=load_s, slots=slots, shadow_s=0.7)
-    drafts = drafts if policy == "on_demand_shadow" else 0
+    drafts = drafts if policy in FORETOLD else 0
     found, again = (simulate(routing, cluster, policy, drafts=drafts) for _ in range(2))  # type: ignore[arg-type]
     assert found == again
     assert found.steps >= 12
@@ -357,7 +410,7 @@ def test_events_per_step_do_not_grow_with_devices(policy: str) -> None:
 @pytest.mark.parametrize(
     ("policy", "more", "message"),
     [
-        ("joint", {}, '--policy is "joint"; allowed are'),
+        ("best", {}, '--policy is "best"; allowed are'),
         ("on_demand", {"steps": 0}, "--steps is 0"),
         ("on_demand", {"drafts": 2}, "--drafts come from a shadow"),
         ("on_demand_shadow", {"drafts": 9}, "--drafts is 9; allowed is 0 to 8"),

@@ -25,9 +25,9 @@ from raymoe.observe.chrome import chrome_trace
 from raymoe.observe.diagram import all_boxes, draw, rows, window
 from raymoe.observe.trace import Recording, Span, Tracer, aligned, busy_s
 from raymoe.types import Routing, StepId
+from tests.conveyors import begin, call, deliver, make, order
 from tests.local import local_service
 from tests.toy_models import save_toy
-from tests.unit.test_conveyor import begin, call, deliver, make, order
 
 STEP = StepId(sequence=1, position=5)
 

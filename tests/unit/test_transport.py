@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import zmq
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raymoe.errors import ExpertUnavailableError, FrameError
@@ -29,7 +29,6 @@ from raymoe.transport.frames import (
     Header,
     Kind,
     Limits,
-    Message,
     pack_answer,
     pack_call,
     pack_experts,
@@ -50,16 +49,11 @@ from raymoe.transport.placement import OnForecast, OrderDesk, PlacementClient, P
 from raymoe.transport.server import WorkerServer
 from raymoe.transport.sockets import Endpoint, KeyPair, client_socket, server_socket
 from raymoe.types import DeviceName, ExpertKey, StepId
+from tests.frames import DAMAGED, wire
 
 LIMITS = Limits(layers=8, rows=64, pairs=256, hidden=64, experts=32, changes=64, body_bytes=1 << 16)
 EDGE, OTHER = DeviceName("edge"), DeviceName("other")
 TIMEOUT_S = 30.0
-
-
-def wire(message: Message) -> list[bytes]:
-    """What arrives at the other end."""
-    return [bytes(memoryview(np.ascontiguousarray(part)).cast("B")) if len(part) else b"" for part in message]
-
 
 steps = st.builds(StepId, sequence=st.integers(0, (1 << 64) - 1), position=st.integers(0, (1 << 32) - 1))
 
@@ -265,35 +259,10 @@ messages = st.one_of(
 )
 
 
-@given(st.lists(st.binary(max_size=100), max_size=5))
-def test_random_frames_raise_nothing_but_frame_errors(frames: list[bytes]) -> None:
-    check_parsers(frames)
-
-
-@given(messages, st.data())
-def test_a_damaged_header_raises_nothing_but_frame_errors(frames: list[bytes], data: st.DataObject) -> None:
-    header = bytearray(frames[0])
-    for _ in range(data.draw(st.integers(1, 4))):
-        header[data.draw(st.integers(0, HEADER.size - 1))] = data.draw(st.integers(0, 255))
-    check_parsers([bytes(header), *frames[1:]])
-
-
-@given(messages, st.data())
-def test_a_truncated_or_padded_frame_raises_nothing_but_frame_errors(frames: list[bytes], data: st.DataObject) -> None:
-    index = data.draw(st.integers(0, len(frames) - 1))
-    cut = data.draw(st.integers(0, len(frames[index])))
-    changed = frames[index][:cut] if data.draw(st.booleans()) else frames[index] + b"\0" * (cut + 1)
-    assume(changed != frames[index])
-    check_parsers([*frames[:index], changed, *frames[index + 1 :]])
-
-
-@given(messages, st.data())
-def test_missing_extra_and_swapped_frames_raise_nothing_but_frame_errors(
-    frames: list[bytes], data: st.DataObject
-) -> None:
-    check_parsers(data.draw(st.permutations(frames)))
-    check_parsers(frames[: data.draw(st.integers(0, len(frames)))])
-    check_parsers([*frames, *data.draw(st.lists(st.binary(max_size=8), min_size=1, max_size=3))])
+@pytest.mark.parametrize("damage", DAMAGED)
+@given(data=st.data())
+def test_damaged_messages_raise_nothing_but_frame_errors(damage: str, data: st.DataObject) -> None:
+    check_parsers(data.draw(DAMAGED[damage](messages)))
 
 
 @given(calls(), st.binary(max_size=64), st.integers(1, 3))
