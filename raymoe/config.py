@@ -107,6 +107,11 @@ class TrunkConfig(StrictModel):
     max_running: int = Field(8, ge=1, le=1024, description="Requests that decode at the same time.")
     max_waiting: int = Field(64, ge=0, le=100_000, description="Requests that may wait; more are refused.")
     native_kernels: bool = Field(True, description="Use C++ kernels for decoding on a CPU where a compiler is found.")
+    cuda_graphs: bool = Field(
+        True,
+        description="On a GPU that is the only device too: replay captured graphs for single tokens, with kernels of "
+        "raymoe's own where Triton is installed.",
+    )
 
 
 Policy = Literal["on_demand", "all_resident", "importance", "on_demand_shadow", "joint"]

@@ -66,6 +66,7 @@ class ManualLoader:
     started: list[tuple[int, int]] = field(default_factory=list)
     tickets: dict[int, ManualTicket] = field(default_factory=dict)
     on_idle: Callable[[], None] = lambda: None
+    prefetches: int = 1
 
     def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> ManualTicket:
         identifier = int(source["down_proj"].item())

@@ -494,19 +494,19 @@ def causal_moe_types() -> dict[str, str]:
     }
 
 
-def build_toy(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A float32 toy of `model_type` in eval mode; the same `seed` gives the same weights."""
+def build_toy(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A float32 toy of `model_type` in eval mode; the same `seed` gives the same weights. `changes`: of its config."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(model_type, **_config_arguments(model_type))
+        config = AutoConfig.for_model(model_type, **_config_arguments(model_type) | changes)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         _redraw(model)
     return model
 
 
-def save_toy(model_type: str, directory: Path, seed: int = 0) -> Path:
+def save_toy(model_type: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
     """Write the toy as a checkpoint that `from_pretrained` reads back, and return its directory."""
-    model = build_toy(model_type, seed)
+    model = build_toy(model_type, seed, **changes)
     if model.config.model_type != model_type:
         model = _with_other_modalities(model_type, model)
     model.save_pretrained(directory)

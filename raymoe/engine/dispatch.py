@@ -160,6 +160,11 @@ class Dispatcher:
         """The workers' names, in the order of the fleet where there is one."""
         return tuple(self._names)
 
+    @property
+    def only_worker(self) -> LocalWorker | None:
+        """The worker, where there is one and it is in this process."""
+        return self._local.get(self._names[0]) if len(self._names) == 1 else None
+
     def set_owners(self, sizes: tuple[LayerSize, ...], owners: Mapping[ExpertKey, DeviceName]) -> None:
         """Ask these workers from the next call on. Raises ExpertUnavailableError for an expert without one."""
         names = sorted(set(owners.values()))
@@ -331,7 +336,7 @@ class Dispatcher:
         output_PH = hidden_TH.new_empty((len(experts_P), answers[0].output_PH.shape[1]))
         for number, answer in answers.items():
             output_PH[torch.from_numpy(parts[number][1]).to(output_PH.device)] = answer.output_PH.to(output_PH.device)
-            self._account(self._names[parts[number][0]], answer)
+            self.account(self._names[parts[number][0]], answer)
         return output_PH.view(tokens, k, -1)
 
     def _hand_out(self, layer: int, experts_P: np.ndarray, plan: Plan | None) -> np.ndarray:
@@ -387,7 +392,7 @@ class Dispatcher:
             meanwhile()
             answer = self._remote.gather({request: name}, self._timeout_s)[request]
             self._time({name: answer}, start_s)
-        self._account(name, answer)
+        self.account(name, answer)
         return answer.output_PH.to(device)
 
     def _ask_all(
@@ -417,7 +422,7 @@ class Dispatcher:
         output_PH = torch.empty((pairs, first.shape[1]), dtype=first.dtype, device=device)
         for name, answer in answers.items():
             output_PH[torch.from_numpy(calls[name][0]).to(device)] = answer.output_PH.to(device)
-            self._account(name, answer)
+            self.account(name, answer)
         return output_PH
 
     def _time(self, answers: Mapping[DeviceName, ExpertAnswer], start_s: float) -> None:
@@ -450,7 +455,8 @@ class Dispatcher:
             output_PH[torch.from_numpy(known_P).to(output_PH.device)] = ready_PH.to(output_PH.device)
         return output_PH
 
-    def _account(self, name: DeviceName, answer: ExpertAnswer) -> None:
+    def account(self, name: DeviceName, answer: ExpertAnswer) -> None:
+        """Add what a worker's answer says of costs, residency and its link."""
         self._cost += Routing(
             hits=answer.hits,
             misses=answer.misses,

@@ -136,6 +136,61 @@ class ExpertScheduler:
         self._decided.add(done)
         return done.experts_TK, done.weights_TK
 
+    def choose_row(
+        self, layer: int, experts_K: np.ndarray, weights_K: np.ndarray, logits_E: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """``route`` for one token whose routing is on the host: experts, weights, and gate scores [E] where known.
+
+        Args:
+            logits_E: the router's; None where it has no known rule, or nobody asks for scores.
+        """
+        self._scores_TE = None
+        if not self._wants_scores or not self._routers:
+            return experts_K, weights_K, None
+        self._top_k = len(experts_K)
+        self._decided.decisions += 1
+        rule = self._routers[layer].rule
+        if rule is None or logits_E is None:
+            scores_E = np.zeros(self._routers[layer].experts, dtype=np.float32)
+            scores_E[experts_K] = weights_K
+            return experts_K, weights_K, scores_E
+        scores_TE = rule.scores(logits_E[None])
+        alpha = per_row(self.alpha, 1)
+        if not np.any(alpha):
+            return experts_K, weights_K, scores_TE[0]
+        available_E = self.dispatcher.available(layer)
+        permitted_TE, similarity = rule.permitted(scores_TE), self.similarity
+        chosen_TK = experts_K[None]
+        routed = self.decide(
+            scores_TE, chosen_TK, available_E, alpha, permitted_TE=permitted_TE, similarity=similarity, layer=layer
+        )
+        replaced = int(np.count_nonzero(routed.replaced_TK))
+        if replaced:
+            experts_K = routed.experts_TK[0]
+            weights_K = rule.weights(scores_TE[:, experts_K], routed.experts_TK)[0]
+            self._decided.count(np.array([replaced]), routed.replaced_mass_T)
+        return experts_K, weights_K, scores_TE[0]
+
+    def foresee(self, layer: int, logits_E: np.ndarray) -> None:
+        """The next layer's router logits on this layer's state, of one token: what it will want is loaded ahead."""
+        rule = self._routers[layer + 1].rule
+        if rule is not None:
+            self._expect(layer + 1, rule.scores(logits_E[None]))
+
+    @property
+    def policy(self) -> str:
+        """In force."""
+        return self._scheduling.policy
+
+    @property
+    def foresees(self) -> bool:
+        """Whether it has a use for ``foresee``."""
+        return self._wants_scores and self._scheduling.prefetch == "gate"
+
+    def router(self, layer: int) -> Router | None:
+        """The layer's router, where scores are asked for."""
+        return self._routers[layer] if self._wants_scores and self._routers else None
+
     def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
         """Unweighted output of every expert, [T, K, H]; forecasts go out while workers load."""
         scores_TE = self._scores_TE
@@ -165,15 +220,18 @@ class ExpertScheduler:
             self._ahead = min(ahead, forecast.farthest)
         for ahead in range(1 if layer == 0 else self._ahead, self._ahead + 1):
             scores_TE = forecast.scores(layer, ahead)
-            if scores_TE is None:
-                continue
-            rule = self._routers[layer + ahead].rule
-            limited = rule is not None and (rule.bias_E is not None or rule.groups_kept != rule.groups)
-            chosen_by_TE = rule.selection_scores(scores_TE) if rule is not None and limited else scores_TE
-            experts, worth = wanted(scores_TE, chosen_by_TE, self._top_k)
-            self.dispatcher.expect(layer + ahead, experts, worth)
-            if self._on_forecast is not None:
-                self._on_forecast(layer + ahead, experts, worth)
+            if scores_TE is not None:
+                self._expect(layer + ahead, scores_TE)
+
+    def _expect(self, layer: int, scores_TE: np.ndarray) -> None:
+        """Tell workers what a layer to come is expected to choose by these scores."""
+        rule = self._routers[layer].rule
+        limited = rule is not None and (rule.bias_E is not None or rule.groups_kept != rule.groups)
+        chosen_by_TE = rule.selection_scores(scores_TE) if rule is not None and limited else scores_TE
+        experts, worth = wanted(scores_TE, chosen_by_TE, self._top_k)
+        self.dispatcher.expect(layer, experts, worth)
+        if self._on_forecast is not None:
+            self._on_forecast(layer, experts, worth)
 
     # --- what forecasts ask while a layer's loads are under way ------------------------------------------
 

@@ -34,12 +34,17 @@ from raymoe.engine.request import Chunk, Result, SamplingParams, collect
 from raymoe.engine.sampling import SamplingDefaults
 from raymoe.engine.scheduler import ExpertScheduler, OnForecast
 from raymoe.engine.scheduler_protocol import RowScheduler, Scheduler
+from raymoe.engine.turns import DeviceTurns, Share
 from raymoe.engine.watch import WatchedScheduler
 from raymoe.errors import CheckpointError, RequestError
 from raymoe.experts.build import torch_device
+from raymoe.experts.worker import ExpertWorker
+from raymoe.kernels.gpu import GpuKernels, load_gpu
+from raymoe.model.captured import CapturedDecode, GraphRecorder, Recorder
 from raymoe.model.emulation import Emulation
 from raymoe.model.emulation_proof import attach_emulation
 from raymoe.model.fast import use_native_kernels
+from raymoe.model.gpu_blocks import use_gpu_kernels
 from raymoe.model.rows_proof import join_rows
 from raymoe.model.runner import Runner
 from raymoe.model.sites import MoeSite, attach_sites
@@ -104,10 +109,17 @@ class ModelService:
         self.experts = experts = self._scheduler(dispatcher, on_forecast, link)
         model = build_trunk(checkpoint, experts, trunk_device)
         native = config.trunk.native_kernels and use_native_kernels(model) > 0
+        gpu_kernels = load_gpu() if trunk_device.type == "cuda" and config.trunk.cuda_graphs else None
+        if gpu_kernels is not None:
+            use_gpu_kernels(model, gpu_kernels)
         self.runner = Runner(model, single_threaded_decode=native)
         if config.trunk.max_running > 1 and isinstance(experts, RowScheduler):
             self._join_rows()
-        self._attach_forecasts(model)
+        sites = self._attach_forecasts(model)
+        self._captured: CapturedDecode | None = None
+        if gpu_kernels is not None and isinstance(experts, ExpertScheduler):
+            self._captured = captured_decode(self.runner, experts, checkpoint, sites, gpu_kernels)
+            self.runner.captured = self._captured
         self.tokenizer = load_tokenizer(checkpoint)
         raw = generation_config(checkpoint)
         self.defaults = SamplingDefaults.from_generation_config(raw)
@@ -162,12 +174,12 @@ class ModelService:
         if reason is not None:
             log.warning("requests decode one after the other, not as rows of one forward: %s", reason)
 
-    def _attach_forecasts(self, model: PreTrainedModel) -> None:
-        """Give the scheduler the forecasts that this process makes, where it has a use for them."""
+    def _attach_forecasts(self, model: PreTrainedModel) -> list[MoeSite] | None:
+        """Give the scheduler the forecasts that this process makes, if it has a use for them. Returns their sites."""
         config, experts = self.config, self.experts
         kind = config.predictor_kind
         if not config.scheduling.substitutes and kind in (None, "shadow"):
-            return
+            return None
         sites = attach_sites(model)
         routers = [site.router for site in sites]
         here = all(device.transport == "local" for device in config.devices)
@@ -181,6 +193,7 @@ class ModelService:
             experts.attach(routers, history=HistoryForecast(len(routers), max(router.experts for router in routers)))
         else:
             experts.attach(routers, known.get(kind or ""))
+        return sites
 
     # --- asking -----------------------------------------------------------------------------------------
 
@@ -283,6 +296,7 @@ class ModelService:
     def trace(self, on: bool) -> Recording | None:
         """Begin to record what the trunk does; or end it, which returns what was recorded. While no request runs."""
         before = self._engine.experts
+        self._decode_captured(not on)
         experts = WatchedScheduler(self.experts, self.experts, Tracer(MAIN)) if on else self.experts
         self._engine.experts = experts
         for _, module in experts_modules(self.runner.model):
@@ -297,8 +311,19 @@ class ModelService:
         def put(scheduler: Scheduler) -> None:
             self._engine.experts = scheduler
 
-        with recording(self.runner.model, self.experts, self.experts, put, foresight) as recorder:
-            yield recorder
+        self._decode_captured(False)
+        try:
+            with recording(self.runner.model, self.experts, self.experts, put, foresight) as recorder:
+                yield recorder
+        finally:
+            self._decode_captured(True)
+
+    def _decode_captured(self, wanted: bool) -> None:
+        """Replay steps, or run them layer by layer for somebody who looks at each."""
+        if wanted and self._captured is not None:
+            self.runner.captured = self._captured
+        elif not wanted:
+            self.runner.captured = None
 
     def reconfigure(self, scheduling: SchedulingConfig) -> None:
         """Schedule by other settings from the next step on.
@@ -317,6 +342,36 @@ class ModelService:
     def close(self) -> None:
         """Stop the engine; requests that are not finished end with EngineStoppedError."""
         self._engine.stop()
+
+
+def captured_decode(
+    runner: Runner,
+    experts: ExpertScheduler,
+    checkpoint: Checkpoint,
+    sites: list[MoeSite] | None,
+    kernels: GpuKernels,
+    recorder: Recorder | None = None,
+    share: Share | None = None,
+) -> CapturedDecode | None:
+    """Single tokens as replayed graphs; None where the experts are not all on the trunk's GPU, or a token's do not fit
+    its slots."""
+    worker = experts.dispatcher.only_worker
+    top_k = [layer.top_k for layer in checkpoint.layers]
+    if not isinstance(worker, ExpertWorker) or worker.device != runner.device:
+        return None
+    if any(worker.pool(layer).count < k for layer, k in enumerate(top_k)):
+        return None
+    turns = DeviceTurns(
+        experts,
+        worker,
+        kernels,
+        modules=[module for _, module in experts_modules(checkpoint.skeleton)],
+        top_k=top_k,
+        sites=sites,
+        is_whole=all((worker.slots_by_expert(layer) >= 0).all() for layer in range(len(top_k))),
+        share=share,
+    )
+    return CapturedDecode(runner.model, runner.forward_one, turns, recorder or GraphRecorder(runner.device))
 
 
 def forecasts(sites: list[MoeSite], emulation: Emulation | None, experts: Experts) -> dict[str, Forecast]:

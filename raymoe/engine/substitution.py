@@ -56,16 +56,19 @@ class Decided:
 
     def add(self, done: Substituted) -> None:
         """Count what was replaced in one layer."""
-        if done.replaced_T is None or done.replaced_mass_T is None:
-            return
+        if done.replaced_T is not None and done.replaced_mass_T is not None:
+            self.count(done.replaced_T, done.replaced_mass_T)
+
+    def count(self, replaced_T: np.ndarray, mass_T: np.ndarray) -> None:
+        """The same, by how many pairs of each token were replaced and what share of its scores that was."""
         if self.substituted_T is None or self.replaced_mass_T is None:
-            self.substituted_T, self.replaced_mass_T = done.replaced_T, done.replaced_mass_T.astype(np.float64)
-        elif len(self.substituted_T) == len(done.replaced_T):
-            self.substituted_T = self.substituted_T + done.replaced_T
-            self.replaced_mass_T = self.replaced_mass_T + done.replaced_mass_T
+            self.substituted_T, self.replaced_mass_T = replaced_T, mass_T.astype(np.float64)
+        elif len(self.substituted_T) == len(replaced_T):
+            self.substituted_T = self.substituted_T + replaced_T
+            self.replaced_mass_T = self.replaced_mass_T + mass_T
         else:  # another step began before these were taken: only their sums mean anything
-            self.substituted_T = np.array([self.substituted + int(done.replaced_T.sum())])
-            self.replaced_mass_T = np.array([self.replaced_mass + float(done.replaced_mass_T.sum())])
+            self.substituted_T = np.array([self.substituted + int(replaced_T.sum())])
+            self.replaced_mass_T = np.array([self.replaced_mass + float(mass_T.sum())])
 
 
 def substitute(

@@ -94,6 +94,7 @@ class Bay(ABC):
         self._loaded: list[int] = []
         self._evicted: list[int] = []
         self._told_loads = 0
+        self._unmeasured: list[Ticket] = []  # loads that computing waits for on the device, their time not known yet
         self._step: Step | None = None
 
     @abstractmethod
@@ -218,6 +219,8 @@ class Bay(ABC):
         for identifier, ticket in list(self._tickets.items()):
             if ticket.is_done():
                 self._land(identifier, ticket)
+        if self._unmeasured:
+            self._unmeasured = [ticket for ticket in self._unmeasured if not self._measure(ticket)]
 
     def _land(self, identifier: int, ticket: Ticket) -> None:
         del self._tickets[identifier], self._started_s[identifier]
@@ -229,13 +232,19 @@ class Bay(ABC):
             self.counters.loads += 1
             self.counters.bytes_loaded += self.expert_bytes
             _note(identifier, self._loaded, self._evicted)
-            seconds = ticket.link_s()
-            if seconds is not None:
-                self.load_cost.add(seconds)
+            if not self._measure(ticket):
+                self._unmeasured.append(ticket)
         else:
             self.residency.abandon(slot)
             if not isinstance(ticket.error, LoadCancelledError):
                 self._failed[identifier] = ticket.error
+
+    def _measure(self, ticket: Ticket) -> bool:
+        """Take note of the time that a load took; whether that is known by now."""
+        seconds = ticket.link_s()
+        if seconds is not None:
+            self.load_cost.add(seconds)
+        return seconds is not None
 
     # --- the caller does not hold the lock --------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from raymoe.checkpoint.checkpoint import ExpertTensors
+from raymoe.experts.arena import HostArena
 from raymoe.experts.call import expert_id
 from raymoe.types import ExpertKey
 
@@ -15,26 +16,24 @@ class HostStore:
     """Experts by id, read straight from the checkpoint on the worker's node.
 
     Experts that the file holds in their final form are mapped, so workers on one node share their pages;
-    others are converted into memory of their own. With ``pin`` (CUDA) every tensor lies in pinned memory, so
-    that copies to the device need no staging and do not block.
+    others are converted into memory of their own. With an arena (CUDA) every expert lies there in one pinned piece, so
+    that one copy brings it to the device, without staging or blocking.
     """
 
-    def __init__(self, read_expert: ReadExpert, *, pin: bool = False) -> None:
+    def __init__(self, read_expert: ReadExpert, arena: HostArena | None = None) -> None:
         self._read_expert = read_expert
-        self._pin = pin
+        self.arena = arena
         self.experts: dict[int, ExpertTensors] = {}
         self.nbytes = 0
 
     def load(self, keys: Iterable[ExpertKey], progress: Callable[[int], None] | None = None) -> None:
         """Read experts that are not here yet; ``progress`` is told how many are here."""
-        for key in keys:
-            identifier = expert_id(key.layer, key.expert)
-            if identifier in self.experts:
-                continue
+        missing = [key for key in dict.fromkeys(keys) if expert_id(key.layer, key.expert) not in self.experts]
+        for number, key in enumerate(missing):
             tensors = self._read_expert(key)
-            if self._pin:
-                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-            self.experts[identifier] = tensors
+            if self.arena is not None:
+                tensors = self.arena.place(tensors, len(missing) - 1 - number)
+            self.experts[expert_id(key.layer, key.expert)] = tensors
             self.nbytes += size_of(tensors)
             if progress is not None:
                 progress(len(self.experts))

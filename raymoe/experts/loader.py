@@ -1,7 +1,7 @@
 """Loads in flight: a thread that moves experts over the link, the urgent ones first.
 
 On a CPU (and an emulated link) the loader is a thread of its own, so that computing goes on meanwhile; compute
-waits for its own experts only. ``CudaLoader`` is the same on copy streams with events.
+waits for its own experts only. On a GPU ``experts.cuda_loader`` does it with a copy stream and events.
 """
 
 import itertools
@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
-
-import torch
 
 from raymoe.checkpoint.checkpoint import ExpertTensors
 from raymoe.errors import LoadCancelledError
@@ -61,9 +59,11 @@ class Loader(Protocol):
     Attributes:
         on_idle: to be called when nothing is left to load, or a cancelled load has ended before its time. Loaders that
             can't tell never call it.
+        prefetches: loads ahead of need that may be under way at once. 1: and only while there are no others.
     """
 
     on_idle: Callable[[], None]
+    prefetches: int
 
     def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> Ticket:
         """Begin to move ``source`` into ``target``."""
@@ -151,6 +151,8 @@ class ThreadLoader:
         on_idle: called on the loader's thread when nothing is left to load, and after each cancelled load.
     """
 
+    prefetches = 1
+
     def __init__(self, link: Link, name: str) -> None:
         self.on_idle: Callable[[], None] = lambda: None
         self._link = link
@@ -189,89 +191,3 @@ class ThreadLoader:
                     self.on_idle()
                 except Exception:  # loads must go on
                     log.exception("no prefetch could be begun")
-
-
-@dataclass(slots=True, eq=False)
-class CudaTicket:
-    """A load on the copy stream: computing waits on the device, the host does not."""
-
-    begin: torch.cuda.Event
-    end: torch.cuda.Event
-    stream_of: torch.device
-    clock: "CudaClock | None" = None
-    error: BaseException | None = None
-
-    def is_done(self) -> bool:
-        """Whether the copy has happened on the device."""
-        return self.end.query()
-
-    def wait(self, timeout_s: float) -> None:
-        """Make the current stream wait for the copy."""
-        torch.cuda.current_stream(self.stream_of).wait_event(self.end)
-
-    def hurry(self) -> None:
-        """Nothing: the copy is in the device's hands."""
-
-    def cancel(self) -> None:
-        """Nothing: the copy is in the device's hands."""
-
-    def link_s(self) -> float | None:
-        """Seconds between the copy's beginning and end on the device."""
-        return self.begin.elapsed_time(self.end) / 1e3 if self.end.query() else None
-
-    def span_s(self) -> tuple[float, float] | None:
-        """When the copy took place on the device; None where clocks were not compared before."""
-        if self.clock is None or not self.end.query():
-            return None
-        begin_s, end_s = (
-            self.clock.at_s + self.clock.event.elapsed_time(event) / 1e3 for event in (self.begin, self.end)
-        )
-        return begin_s, end_s
-
-
-@dataclass(frozen=True, slots=True)
-class CudaClock:
-    """An event on a device, and when it happened by ``time.perf_counter``."""
-
-    event: torch.cuda.Event
-    at_s: float
-
-
-class CudaLoader:
-    """Copies from pinned host memory on streams of its own; on-demand loads go before prefetches."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_idle: Callable[[], None] = lambda: None
-        self._device = device
-        self._clock: CudaClock | None = None
-        least, greatest = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]
-        self._streams = {
-            ON_DEMAND: torch.cuda.Stream(device, priority=greatest),
-            PREFETCH: torch.cuda.Stream(device, priority=least),
-        }
-
-    def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> CudaTicket:
-        """Enqueue one load after whatever still computes in the slot."""
-        stream = self._streams[priority]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record(stream)
-            for name, tensor in target.items():
-                tensor.copy_(source[name], non_blocking=True)
-            end.record(stream)
-        return CudaTicket(begin, end, self._device, self._clock)
-
-    def set_clock(self) -> None:
-        """Wait for an event of the device, and note when it happened."""
-        stream = self._streams[ON_DEMAND]
-        stream.synchronize()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(stream)
-        event.synchronize()
-        self._clock = CudaClock(event, time.perf_counter())
-
-    def close(self) -> None:
-        """Wait for copies in flight."""
-        for stream in self._streams.values():
-            stream.synchronize()

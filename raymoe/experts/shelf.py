@@ -13,7 +13,7 @@ from raymoe.experts.bay import LOAD_TIMEOUT_S, SLOT_WAIT_S, Bay, Step
 from raymoe.experts.call import expert_id, layer_and_expert
 from raymoe.experts.costs import Cost
 from raymoe.experts.host_store import HostStore
-from raymoe.experts.loader import ON_DEMAND, PREFETCH, Loader
+from raymoe.experts.loader import ON_DEMAND, PREFETCH, Loader, Ticket
 from raymoe.experts.orders import Orders
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.placement.eviction import prefetch_is_welcome
@@ -47,6 +47,7 @@ class Shelf(Bay):
         self.host_cost = host_cost
         self.split = fastest_split
         self._orders = Orders()
+        self._ahead: set[int] = set()  # prefetches under way
 
     # --- a layer call -----------------------------------------------------------------------------------
 
@@ -54,6 +55,32 @@ class Shelf(Bay):
         self, layer: int, experts_P: np.ndarray, rows: int, scores_E: np.ndarray | None, step: StepId | None = None
     ) -> Step:
         """Shield what the call needs, start loading what is missing, and say what the host shall compute."""
+        return self._begin_step(layer, experts_P, rows, scores_E, rows <= MOST_HOST_ROWS)
+
+    def stage(self, layer: int, experts_K: np.ndarray, scores_E: np.ndarray | None) -> tuple[np.ndarray, list[Ticket]]:
+        """A call of one row by a device that waits for loads itself: each expert's slot, and the loads to wait for.
+
+        They are shielded until the next call, by when the device must have computed them. There must be as many slots.
+        """
+        step = self._begin_step(layer, experts_K, 1, scores_E, False)
+        if step.is_ready:
+            return step.slots_P, []
+        deadline = time.monotonic() + LOAD_TIMEOUT_S
+        while step.waiting:  # all other slots are taken by prefetches under way
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no slot became free within {LOAD_TIMEOUT_S:g} s")
+            with self._lock:
+                self._go_on(step)
+        with self._lock:
+            tickets = [ticket for i in step.arriving if (ticket := self._tickets.get(i)) is not None]
+            slots = [self.residency.slot_of[expert_id(layer, expert)] for expert in experts_K.tolist()]
+        for ticket in tickets:
+            ticket.hurry()
+        return np.array(slots, dtype=np.int32), tickets
+
+    def _begin_step(
+        self, layer: int, experts_P: np.ndarray, rows: int, scores_E: np.ndarray | None, host_may: bool
+    ) -> Step:
         with self._lock:
             self.residency.unshield(slice(None))  # a call that was begun and never finished shields nothing any more
             if self._tickets:
@@ -71,7 +98,7 @@ class Shelf(Bay):
                 return self._step
             self.residency.use(slots_P[ready_P])
             absent = np.unique(experts_P[~ready_P])
-            begun = self._step = self._split(layer, slots_P, absent, scores_E, rows <= MOST_HOST_ROWS)
+            begun = self._step = self._split(layer, slots_P, absent, scores_E, host_may)
             for identifier in begun.arriving:
                 self._tickets[identifier].hurry()
             self.residency.use([self.residency.slot_of[identifier] for identifier in begun.arriving])
@@ -148,6 +175,11 @@ class Shelf(Bay):
             self._settle()
             self._prefetch_next()
 
+    def top_up(self) -> None:
+        """Begin ordered loads as far as the loader likes: for those who wait for a device that tells nobody when."""
+        if len(self._orders):
+            self.on_idle()
+
     def replace_keeper(self, keeper: Keeper) -> None:
         """Judge by other values from now on."""
         with self._lock:
@@ -202,10 +234,10 @@ class Shelf(Bay):
         self._prefetch_next()
 
     def _prefetch_next(self) -> None:
-        """One prefetch at a time, and none while somebody waits for a load or a slot."""
+        """As many prefetches at a time as the loader likes, and none while somebody waits for a load or a slot."""
         if self._step is not None and self._step.waiting:
             return
-        while not self._tickets and (order := self._orders.take()) is not None:
+        while self._may_prefetch() and (order := self._orders.take()) is not None:
             identifier, worth = order
             if identifier in self.residency.slot_of or identifier not in self._store.experts:
                 continue
@@ -213,9 +245,16 @@ class Shelf(Bay):
             held = self.residency.expert_in[victim] if victim is not None else None
             loss = self.keeper.worth(*layer_and_expert(held)) if held is not None else None
             if prefetch_is_welcome(worth, loss) and self._begin_load(identifier, PREFETCH, victim):
+                self._ahead.add(identifier)
                 self.counters.prefetches += 1
             else:
                 self.counters.prefetches_refused += 1
+
+    def _may_prefetch(self) -> bool:
+        if self._loader.prefetches == 1:
+            return not self._tickets
+        self._ahead.intersection_update(self._tickets)
+        return len(self._ahead) < self._loader.prefetches
 
     def _victim(self, identifier: int) -> int | None:
         residency = self.residency

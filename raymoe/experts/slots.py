@@ -1,6 +1,6 @@
 """Device slots: a fixed allocation that experts pass through, and who sits where.
 
-``SlotPool`` is the memory: one allocation per parameter, sliced into slots, never grown. ``Residency`` is the
+``SlotPool`` is the memory: one allocation, sliced into slots, never grown. ``Residency`` is the
 bookkeeping: it alone knows which expert is in which slot. It holds no tensors and no locks; its owner, the
 worker, serialises access.
 
@@ -10,9 +10,9 @@ S slots.
 import numpy as np
 import torch
 
-from raymoe.checkpoint.checkpoint import ExpertTensors
 from raymoe.experts.call import layer_and_expert
 from raymoe.experts.compute import WeightTable
+from raymoe.experts.packing import PackedExpert, Packing
 from raymoe.placement.eviction import lowest_value
 
 
@@ -21,18 +21,20 @@ class SlotPool:
 
     Args:
         shapes: shape of each parameter of one expert.
+
+    Attributes:
+        block: the whole allocation, [S, elements of a slot].
+        stacked: each parameter of all slots, [S, *shape]: what the architecture's experts module keeps fused.
     """
 
     def __init__(
         self, shapes: dict[str, tuple[int, ...]], count: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.count = count
-        self.storage = {
-            name: torch.empty((count, *shape), dtype=dtype, device=device) for name, shape in shapes.items()
-        }
-        self.slots: list[ExpertTensors] = [
-            {name: tensor[index] for name, tensor in self.storage.items()} for index in range(count)
-        ]
+        packing = Packing(shapes)
+        self.block = torch.empty((count, packing.numel), dtype=dtype, device=device)
+        self.stacked = packing.stacked(self.block)
+        self.slots: list[PackedExpert] = [packing.views(self.block[index]) for index in range(count)]
         self.table = WeightTable(count)
         for index, slot in enumerate(self.slots):
             self.table.put(index, slot)
@@ -40,7 +42,7 @@ class SlotPool:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, the whole of it at once."""
-        return sum(tensor.nbytes for tensor in self.storage.values())
+        return self.block.nbytes
 
 
 class Residency:

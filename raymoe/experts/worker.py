@@ -16,17 +16,21 @@ from torch import nn
 from raymoe.checkpoint.checkpoint import MoeLayer
 from raymoe.config import SchedulingConfig
 from raymoe.errors import CapacityError, ExpertUnavailableError
+from raymoe.experts.arena import CudaPinning, HostArena
 from raymoe.experts.bay import Bay, Counters, Step
 from raymoe.experts.bays import make_bays
 from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder, expert_id, layer_and_expert
 from raymoe.experts.compute import LayerCompute, WeightTable
 from raymoe.experts.conveyor import Conveyor
 from raymoe.experts.costs import Cost
+from raymoe.experts.cuda_loader import CudaLoader
+from raymoe.experts.cuda_stream import CudaCopyStream
 from raymoe.experts.host_store import HostStore, ReadExpert
 from raymoe.experts.link import EmulatedLink, Link, MemoryLink
-from raymoe.experts.loader import CudaLoader, Loader, ThreadLoader
+from raymoe.experts.loader import Loader, ThreadLoader, Ticket
 from raymoe.experts.report import WorkerReport
 from raymoe.experts.shelf import Shelf
+from raymoe.experts.slots import SlotPool
 from raymoe.experts.watch import CallWatch
 from raymoe.kernels.native import NativeKernels
 from raymoe.observe.trace import Recording, Tracer
@@ -70,6 +74,7 @@ class ExpertWorker:
         link: how experts reach the slots on a CPU; None is a plain copy.
         kernels: native kernels, or None to compute with torch.
         scheduling: whether slots cache, how they evict, and whether to prefetch and to compute on the host.
+        store: host memory that holds the shard already, or is shared; None: one of its own.
     """
 
     def __init__(
@@ -85,13 +90,15 @@ class ExpertWorker:
         link: Link | None = None,
         kernels: NativeKernels | None = None,
         scheduling: SchedulingConfig | None = None,
+        store: HostStore | None = None,
     ) -> None:
         self.name = name
         self.device = device
         self.dtype = dtype
         self.layers = layers
         self.slot_budget_bytes = slot_budget_bytes
-        self.store = HostStore(read_expert, pin=device.type == "cuda")
+        arena = HostArena(CudaPinning()) if device.type == "cuda" else None
+        self.store = store or HostStore(read_expert, arena)
         self.has_slots = slot_budget_bytes is not None or link is not None or device.type == "cuda"
         self._link = link or MemoryLink()
         self._loader: Loader | None = None
@@ -102,6 +109,7 @@ class ExpertWorker:
         self._bays: list[Bay] = []
         self._bay_of_layer: list[int] = []
         self._direct = Counters()
+        self._told = (0, 0)
         self._calls = 0
         self._watch: CallWatch | None = None
         self._scheduling = scheduling or SchedulingConfig()
@@ -146,8 +154,12 @@ class ExpertWorker:
             self._bay(layer_and_expert(identifier)[0]).load(identifier)
 
     def _make_slots(self, keys: list[ExpertKey]) -> None:
-        on_cuda = self.device.type == "cuda"
-        self._loader = CudaLoader(self.device) if on_cuda else ThreadLoader(self._link, self.name)
+        loader: Loader
+        if self.device.type == "cuda":
+            loader = CudaLoader(CudaCopyStream(self.device))
+        else:
+            loader = ThreadLoader(self._link, self.name)
+        self._loader = loader
         self._bays, self._bay_of_layer = make_bays(
             name=self.name,
             layers=self.layers,
@@ -155,12 +167,12 @@ class ExpertWorker:
             budget_bytes=self.slot_budget_bytes,
             dtype=self.dtype,
             device=self.device,
-            loader=self._loader,
+            loader=loader,
             store=self.store,
             new_keeper=None if self._scheduling.policy == "on_demand_shadow" else self._new_keeper,
             on_orders=self._scheduling.follows_orders,
         )
-        self._loader.on_idle = self._on_idle
+        loader.on_idle = self._on_idle
 
     def _new_keeper(self) -> Keeper:
         eviction = self._scheduling.eviction if self._scheduling.substitutes else "lru"
@@ -359,6 +371,63 @@ class ExpertWorker:
             if self._watch is not None:
                 self._watch.computed(call, call.experts_P[mine_P], computing_s, "miss")
             bay.release(step, [slot])
+
+    # --- computing by a device that waits for loads itself -----------------------------------------------
+
+    def stage(self, layer: int, experts_K: np.ndarray, scores_E: np.ndarray | None) -> tuple[np.ndarray, list[Ticket]]:
+        """The slot of each expert of one row, and the loads that the device has to wait for; see ``Shelf.stage``.
+
+        Raises ExpertUnavailableError where an expert is not in this worker's shard.
+        """
+        if not self._owns_all and not self._owned[layer][experts_K].all():
+            raise ExpertUnavailableError(f'device "{self.name}" does not own all experts asked for in layer {layer}')
+        bay = self._bay(layer)
+        assert isinstance(bay, Shelf), "policies that follow orders compute call by call"
+        self._calls += 1
+        return bay.stage(layer, experts_K, scores_E)
+
+    def pool(self, layer: int) -> SlotPool:
+        """The slots that a layer's experts pass through."""
+        return self._bay(layer).pool
+
+    def slots_by_expert(self, layer: int) -> np.ndarray:
+        """int32 per expert of the layer: its slot, -1 for those that are in none."""
+        return self._bay(layer).residency.ready_slot_LE[layer][: self.layers[layer].num_experts].copy()
+
+    def pump(self) -> None:
+        """Let prefetches go on; for whoever waits for the device."""
+        if isinstance(self._loader, CudaLoader):
+            self._loader.pump()
+            for bay in self._bays:
+                if isinstance(bay, Shelf):
+                    bay.top_up()
+
+    def begin_staged(self) -> None:
+        """A step of staged calls begins: the host has seen the end of all computing in slots that loads may take."""
+        self._told = self._pairs()
+        if isinstance(self._loader, CudaLoader):
+            self._loader.follows_host = True
+
+    def end_staged(self) -> ExpertAnswer:
+        """The step has ended. What it cost, without any output."""
+        if isinstance(self._loader, CudaLoader):
+            self._loader.follows_host = False
+        hits, misses = (after - before for after, before in zip(self._pairs(), self._told, strict=True))
+        changes = [bay.take_changes() for bay in self._bays]
+        return ExpertAnswer(
+            output_PH=torch.empty((0, 0)),
+            hits=hits,
+            misses=misses,
+            loads=sum(loads for _, _, loads in changes),
+            bytes_loaded=sum(loads * bay.expert_bytes for bay, (_, _, loads) in zip(self._bays, changes, strict=True)),
+            loaded=tuple(i for loaded, _, _ in changes for i in loaded),
+            evicted=tuple(i for _, evicted, _ in changes for i in evicted),
+            load_s=self.load_s,
+        )
+
+    def _pairs(self) -> tuple[int, int]:
+        """Hits and misses so far."""
+        return sum(bay.counters.hits for bay in self._bays), sum(bay.counters.misses for bay in self._bays)
 
     # --- outside of calls -------------------------------------------------------------------------------
 

@@ -234,9 +234,7 @@ class GpuKernels:
     def fetch(self, decided: torch.Tensor, slots_K: torch.Tensor, weights_K: torch.Tensor) -> None:
         """What the host has decided, as float32 slots and weights, into device memory."""
         top_k = slots_K.numel()
-        self._kernels.fetch_kernel[(1,)](
-            decided, slots_K, weights_K, K=top_k, BLOCK_K=power_of_two(top_k), num_warps=1
-        )
+        self._kernels.fetch_kernel[(1,)](decided, slots_K, weights_K, K=top_k, BLOCK_K=power_of_two(top_k), num_warps=1)
 
     def gate_up(
         self,

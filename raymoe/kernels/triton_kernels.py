@@ -220,7 +220,7 @@ def publish_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_NEXT: tl.constexpr,
 ):
-    """What the host decides by, as float32 in one piece: [K] experts, [K] weights, [E] logits, [NEXT] logits foreseen."""
+    """What the host decides by, float32 in one piece: [K] experts, [K] weights, [E] logits, [NEXT] foreseen logits."""
     place, expert, coming = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_NEXT)
     tl.store(told_ptr + place, tl.load(experts_ptr + place, mask=place < K, other=0).to(tl.float32), mask=place < K)
     weights = tl.load(weights_ptr + place, mask=place < K, other=0.0).to(tl.float32)

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache
@@ -18,7 +18,7 @@ from raymoe.errors import RequestError
 from raymoe.model.rows import RowCaches
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class SequenceState:
     """Tokens so far ([1, n], or [rows, n]; on the direct path only the prompt's), their cache, and their length."""
 
@@ -42,6 +42,18 @@ class Trial:
     outputs: Any
 
 
+class Captured(Protocol):
+    """Decodes single tokens of one sequence at a time, whose cache it keeps meanwhile (``model.captured``)."""
+
+    def decode(self, state: SequenceState, token: int) -> torch.Tensor | None:
+        """The logits after one more token; None where it can't."""
+        ...
+
+    def release(self, state: SequenceState) -> None:
+        """Give a sequence its own cache again."""
+        ...
+
+
 LONG_CONTEXT = 4096  # tokens from which attention of a single new token is worth torch's threads
 
 
@@ -50,6 +62,7 @@ class Runner:
 
     Attributes:
         joins: whether ``decode_together`` was proved for this trunk, by ``model.rows_proof``.
+        captured: what replays the steps of single tokens; None where nothing does.
 
     Args:
         single_threaded_decode: keep torch to one thread for single tokens, where native kernels bring their own
@@ -62,6 +75,7 @@ class Runner:
     ) -> None:  # generation hooks come from a mixin that PreTrainedModel does not show
         self.model = model
         self.joins = False
+        self.captured: Captured | None = None
         self.device: torch.device = model.device
         parameters = inspect.signature(model.forward).parameters
         self._threads = torch.get_num_threads()
@@ -92,8 +106,22 @@ class Runner:
     @torch.inference_mode()
     def decode(self, state: SequenceState, token: int) -> torch.Tensor:
         """Run one more token; returns the logits after it. Mutates ``state``."""
+        if self.captured is not None and self._direct:
+            logits_V = self.captured.decode(state, token)
+            if logits_V is not None:
+                return logits_V
         with self._threads_for(state):
             return self._decode(state, token)
+
+    def _own_cache(self, *states: SequenceState) -> None:
+        """Let sequences have their own caches, up to date."""
+        if self.captured is not None:
+            for state in states:
+                self.captured.release(state)
+
+    def forward_one(self, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> Any:
+        """The architecture's own forward of a token that follows a cache, for ``model.captured``."""
+        return self._forward(ids, positions, cache)
 
     @torch.inference_mode()
     def decode_together(self, states: Sequence[SequenceState], tokens: Sequence[int]) -> torch.Tensor:
@@ -102,6 +130,7 @@ class Runner:
         Returns the logits after each ([rows, vocabulary], float32); a row differs from the same token run alone by
         rounding: about 1e-6 of the logits in float32. Where it fails the states are lost.
         """
+        self._own_cache(*states)
         caches = RowCaches([state.kwargs["past_key_values"] for state in states])
         ids_B1 = torch.tensor(tokens, device=self.device).unsqueeze(1)
         positions_B1 = torch.tensor([state.length for state in states], device=self.device).unsqueeze(1)
@@ -149,6 +178,7 @@ class Runner:
         ids = torch.tensor([tokens], device=self.device)
         if len(tokens) == 1:
             return Trial(logits_TV=self.decode(state, tokens[0]).unsqueeze(0), tokens=ids, outputs=None)
+        self._own_cache(state)
         with self._threads_for(state):
             outputs = self._try_directly(state, ids) if self._direct else self._try(state, ids)
         return Trial(logits_TV=outputs.logits[0, -len(tokens) :].float(), tokens=ids, outputs=outputs)
@@ -220,6 +250,7 @@ class Runner:
     @torch.inference_mode()
     def decode_rows(self, state: SequenceState, tokens: list[int]) -> torch.Tensor:
         """Run one more token of every row; returns the logits after each. Mutates ``state``."""
+        self._own_cache(state)
         ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
         state.length += 1
         with self._threads_for(state):

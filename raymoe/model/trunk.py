@@ -44,6 +44,10 @@ def remote_experts_forward(
     The sum runs over K in the router's order and in the precision of transformers' own ``grouped_mm``, so the
     result does not depend on who computed what.
     """
+    step = getattr(module, "raymoe_step", None)
+    if step is not None:  # one is being captured
+        combined: torch.Tensor = step(module.raymoe_layer, hidden_states, top_k_index, top_k_weights)
+        return combined
     backend: ExpertBackend = module.raymoe_backend
     experts_TK, weights_TK = backend.route(module.raymoe_layer, top_k_index, top_k_weights)
     output_TKH = backend.compute(module.raymoe_layer, hidden_states, experts_TK)

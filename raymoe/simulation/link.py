@@ -68,6 +68,8 @@ class SimLink:
         busy_s: seconds in use by loads that are over; loads: how many ended well.
     """
 
+    prefetches = 1
+
     def __init__(self, loop: EventLoop, load_s: float, pieces: int = PIECES) -> None:
         self.loop = loop
         self.load_s = load_s

@@ -135,9 +135,7 @@ def test_published_and_fetched(kernels: GpuKernels) -> None:
 
 @pytest.mark.parametrize("with_table", [True, False])
 @pytest.mark.parametrize(("hidden", "inner"), [(64, 24), (40, 600)])
-def test_experts_in_slots(
-    kernels: GpuKernels, dtype: torch.dtype, with_table: bool, hidden: int, inner: int
-) -> None:
+def test_experts_in_slots(kernels: GpuKernels, dtype: torch.dtype, with_table: bool, hidden: int, inner: int) -> None:
     slots, rows, top_k = 5, 2, 3
     stride = 3 * inner * hidden + 16  # a slot may be longer than its expert
     block = randn(slots, stride, dtype=dtype) * 0.2

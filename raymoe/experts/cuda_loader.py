@@ -1,0 +1,155 @@
+"""Loads on a GPU: whole experts over one copy stream, urgent ones at once, prefetches in pieces that these overtake.
+
+A copy that has been enqueued can't be overtaken, whatever priority its stream has: copy engines serve in order. So of
+prefetches only a few pieces are enqueued at a time, and the others follow as those are done. Nobody is woken up for it:
+whoever waits for the device calls ``pump`` meanwhile, and so does every question about a load.
+
+Used by the engine's thread.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from raymoe.checkpoint.checkpoint import ExpertTensors
+from raymoe.errors import LoadCancelledError
+from raymoe.experts.cuda_stream import Clock, CopyStream, Mark, read_clock
+from raymoe.experts.loader import ON_DEMAND
+from raymoe.experts.packing import PackedExpert
+
+PIECE_BYTES = 2 << 20  # of a prefetch: 94% of a PCIe 5 link's peak, and 0.04 ms that an urgent load may have to wait
+WINDOW = 3  # pieces enqueued: 0.12 ms of that link, longer than whoever pumps does anything else
+
+
+@dataclass(slots=True, eq=False)
+class CudaTicket:
+    """A load: computing waits for it on the device, the host does not.
+
+    Attributes:
+        offset: elements enqueued so far.
+        began, ended: where its copies lie in the stream, once they are enqueued.
+    """
+
+    loader: "CudaLoader"
+    source: torch.Tensor
+    target: torch.Tensor
+    offset: int = 0
+    began: Mark | None = None
+    ended: Mark | None = None
+    error: BaseException | None = None
+
+    def is_done(self) -> bool:
+        """Whether the device has done all of it, or it was given up."""
+        self.loader.pump()
+        return self.error is not None or (self.ended is not None and self.ended.query())
+
+    def wait(self, timeout_s: float) -> None:
+        """Make computing enqueued from now on wait for it."""
+        self.hurry()
+        if self.ended is not None:
+            self.loader.stream.compute_after(self.ended)
+
+    def hurry(self) -> None:
+        """Enqueue what is left of it before all other prefetches."""
+        if self.ended is None and self.error is None:
+            self.loader.enqueue(self)
+
+    def cancel(self) -> None:
+        """Enqueue no more of it. Its slot is free at once: later copies come after those under way."""
+        if self.ended is None and self.error is None:
+            self.error = LoadCancelledError("the load was cancelled")
+            self.loader.forget(self)
+
+    def link_s(self) -> float | None:
+        """Seconds between its first copy's beginning and its last one's end on the device."""
+        if self.began is None or self.ended is None or not self.ended.query():
+            return None
+        return self.began.elapsed_time(self.ended) / 1e3
+
+    def span_s(self) -> tuple[float, float] | None:
+        """When that was by the host's clock; None where clocks were not compared before."""
+        clock, link_s = self.loader.clock, self.link_s()
+        if clock is None or link_s is None or self.began is None:
+            return None
+        begin_s = clock.at_s + clock.mark.elapsed_time(self.began) / 1e3
+        return begin_s, begin_s + link_s
+
+
+class CudaLoader:
+    """A ``Loader`` over a copy stream.
+
+    Attributes:
+        follows_host: the host has seen the end of whatever computed in the slots that it gives to loads, so copies need
+            not wait for computing under way. Otherwise they do, on the device.
+        clock: relates the device's time to the host's, once ``set_clock`` was called.
+    """
+
+    prefetches = 2
+
+    def __init__(self, stream: CopyStream, piece_bytes: int = PIECE_BYTES) -> None:
+        self.stream = stream
+        self.on_idle: Callable[[], None] = lambda: None
+        self.follows_host = False
+        self.clock: Clock | None = None
+        self._piece_bytes = piece_bytes
+        self._queue: deque[CudaTicket] = deque()
+        self._under_way: deque[Mark] = deque()
+
+    def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> CudaTicket:
+        """Begin a load: all of it now, or, ahead of need, when the link has room for it."""
+        assert isinstance(source, PackedExpert) and isinstance(target, PackedExpert), "experts move in one piece"
+        ticket = CudaTicket(self, source.flat, target.flat)
+        if priority == ON_DEMAND:
+            self.enqueue(ticket)
+        else:
+            self._queue.append(ticket)
+            self.pump()
+        return ticket
+
+    def pump(self) -> None:
+        """Enqueue pieces of prefetches as far as there is room. Never waits."""
+        while self._under_way and self._under_way[0].query():
+            self._under_way.popleft()
+        while self._queue and len(self._under_way) < WINDOW:
+            ticket = self._queue[0]
+            self._advance(ticket, max(1, self._piece_bytes // ticket.source.element_size()))
+            mark = ticket.ended
+            if mark is not None:
+                self._queue.popleft()
+            self._under_way.append(mark or self.stream.mark())
+
+    def enqueue(self, ticket: CudaTicket) -> None:
+        """All that is left of a load, now."""
+        self.forget(ticket)
+        self._advance(ticket, ticket.source.numel())
+
+    def forget(self, ticket: CudaTicket) -> None:
+        """A load waits no longer."""
+        if ticket in self._queue:
+            self._queue.remove(ticket)
+
+    def _advance(self, ticket: CudaTicket, elements: int) -> None:
+        """Enqueue so many more elements of a load."""
+        if ticket.began is None:
+            if not self.follows_host:
+                self.stream.after_compute()
+            ticket.began = self.stream.mark()
+        end = min(ticket.source.numel(), ticket.offset + elements)
+        if ticket.offset == 0 and end == ticket.source.numel():
+            self.stream.copy(ticket.source, ticket.target)
+        else:
+            self.stream.copy(ticket.source[ticket.offset : end], ticket.target[ticket.offset : end])
+        ticket.offset = end
+        if end == ticket.source.numel():
+            ticket.ended = self.stream.mark()
+
+    def set_clock(self) -> None:
+        """Relate the device's time to the host's."""
+        self.clock = read_clock(self.stream)
+
+    def close(self) -> None:
+        """Wait for copies in flight."""
+        self._queue.clear()
+        self.stream.synchronize()

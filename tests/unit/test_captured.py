@@ -1,0 +1,155 @@
+"""Captured decode steps, with what replays them on a GPU played by threads, and its kernels by torch operations."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raymoe.engine.scheduler import ExpertScheduler
+from raymoe.engine.service import ModelService, captured_decode
+from raymoe.model import fixed_cache
+from raymoe.model.captured import CapturedDecode
+from raymoe.model.gpu_blocks import use_gpu_kernels
+from raymoe.model.sites import attach_sites
+from tests.local import local_service
+from tests.replayed import ReplayRecorder, share
+from tests.torch_kernels import TorchKernels
+from tests.toy_models import PROMPT, Toys, reference_at, save_toy
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy whose heads are wide enough for the kernels."""
+    path = tmp_path_factory.mktemp("wide")
+    save_toy("qwen3_moe", path, head_dim=16, use_sliding_window=False, layer_types=None)
+    return path
+
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 3
+EXPERT_BYTES = 3 * 16 * 32 * 4
+
+
+def captured(service: ModelService) -> ReplayRecorder:
+    """Let a service on a CPU decode as one on a GPU does."""
+    kernels, recorder = TorchKernels(), ReplayRecorder()
+    assert isinstance(service.experts, ExpertScheduler)
+    use_gpu_kernels(service.runner.model, kernels)
+    sites = attach_sites(service.runner.model) if service.config.scheduling.substitutes else None
+    if sites is not None:
+        service.experts.attach([site.router for site in sites], {})
+    service.runner.captured = captured_decode(
+        service.runner, service.experts, service.checkpoint, sites, kernels, recorder=recorder, share=share
+    )
+    assert service.runner.captured is not None
+    return recorder
+
+
+def tokens_of(service: ModelService, prompt: list[int], count: int) -> list[int]:
+    return [*service.generate(prompt, max_tokens=count, temperature=0.0, ignore_eos=True).token_ids]
+
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "on_demand": {"slot_memory": 4 * EXPERT_BYTES},
+    "all_resident": {"slot_memory": LAYERS * EXPERTS * EXPERT_BYTES, "policy": "all_resident"},
+    "importance, exact": {"slot_memory": 12 * EXPERT_BYTES, "policy": "importance", "alpha": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "model_type"),
+    [*((policy, "wide") for policy in POLICIES), *(("on_demand", name) for name in ("deepseek_v3", "gpt_oss"))],
+)
+def test_captured_steps_give_the_tokens_of_transformers(policy: str, model_type: str, wide: Path, toys: Toys) -> None:
+    path = wide if model_type == "wide" else toys(model_type)
+    with local_service(path, **POLICIES[policy]) as service:
+        if policy == "all_resident":
+            service.experts.dispatcher.only_worker.load_all()
+        recorder = captured(service)
+        assert tokens_of(service, PROMPT, 4) == reference_at(path, PROMPT, 4)
+        decode = service.runner.captured
+        assert isinstance(decode, CapturedDecode)
+        if model_type == "gpt_oss":
+            assert decode.refused == "its cache has layers of type DynamicSlidingWindowLayer"
+        else:
+            assert decode.refused is None and recorder.captures == 1
+
+
+def test_sequences_take_turns_in_the_fixed_cache(wide: Path) -> None:
+    other = PROMPT[::-1]
+    with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
+        captured(service)
+        runner = service.runner
+        expected = {0: reference_at(wide, PROMPT, 4), 1: reference_at(wide, other, 4)}
+        states, answers = [], []
+        for prompt in (PROMPT, other):
+            logits, state = runner.prefill(prompt)
+            states.append(state)
+            answers.append([int(logits.argmax())])
+        for _ in range(3):
+            for number, state in enumerate(states):
+                answers[number].append(int(runner.decode(state, answers[number][-1]).argmax()))
+        assert {0: answers[0], 1: answers[1]} == expected
+
+
+def test_a_longer_sequence_is_captured_anew(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fixed_cache, "LEAST_CAPACITY", 16)
+    with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
+        recorder = captured(service)
+        assert tokens_of(service, PROMPT, 7) == reference_at(wide, PROMPT, 7)
+        assert recorder.captures == 2, "of capacity 16 for the first four tokens, then of 32"
+
+
+def test_a_released_sequence_goes_on_uncaptured(wide: Path) -> None:
+    with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
+        captured(service)
+        runner = service.runner
+        logits, state = runner.prefill(PROMPT)
+        answer = [int(logits.argmax())]
+        for number in range(4):
+            if number == 2:
+                runner.captured.release(state)
+                runner.captured = None
+            answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        assert answer == reference_at(wide, PROMPT, 5)
+
+
+def test_what_steps_cost_is_what_they_cost_uncaptured(wide: Path) -> None:
+    costs = []
+    for replayed in (True, False):
+        with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
+            if replayed:
+                captured(service)
+            result = service.generate(PROMPT, max_tokens=4, temperature=0.0, ignore_eos=True)
+            costs.append(result.routing)
+    assert (costs[0].hits, costs[0].misses, costs[0].loads) == (costs[1].hits, costs[1].misses, costs[1].loads)
+    assert costs[0].misses > 0
+
+
+def test_experts_are_substituted_in_captured_steps(wide: Path) -> None:
+    settings = {"policy": "importance", "alpha": 0.5, "prefetch": "none", "host_assist": False}
+    answers = []
+    for replayed in (True, False):
+        with local_service(wide, slot_memory=8 * EXPERT_BYTES, **settings) as service:
+            if replayed:
+                captured(service)
+            result = service.generate(PROMPT, max_tokens=5, temperature=0.0, ignore_eos=True)
+            answers.append((result.token_ids, result.routing.substituted, result.routing.hits))
+    assert answers[0] == answers[1] and answers[0][1] > 0
+
+
+def test_forecasts_of_the_device_are_those_of_the_gates(wide: Path) -> None:
+    settings = {"policy": "importance", "alpha": 0.0, "prefetch": "gate", "host_assist": False}
+    told: list[list[tuple[int, list[int]]]] = []
+    for replayed in (True, False):
+        with local_service(wide, slot_memory=8 * EXPERT_BYTES, **settings) as service:
+            if replayed:
+                captured(service)
+            notes: list[tuple[int, list[int]]] = []
+            told.append(notes)
+            expect = service.experts.dispatcher.expect
+            service.experts.dispatcher.expect = lambda layer, experts, worth, expect=expect, notes=notes: (
+                notes.append((layer, experts.tolist())),
+                expect(layer, experts, worth),
+            )
+            service.generate(PROMPT, max_tokens=4, temperature=0.0, ignore_eos=True)
+    assert told[0] and told[0] == told[1][-len(told[0]) :]
