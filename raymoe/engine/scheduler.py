@@ -172,10 +172,10 @@ class ExpertScheduler:
         return experts_K, weights_K, scores_TE[0]
 
     def foresee(self, layer: int, logits_E: np.ndarray) -> None:
-        """The next layer's router logits on this layer's state, of one token: what it will want is loaded ahead."""
-        rule = self._routers[layer + 1].rule
+        """Forecast router logits of a layer to come, of one token: what it will want is loaded ahead."""
+        rule = self._routers[layer].rule
         if rule is not None:
-            self._expect(layer + 1, rule.scores(logits_E[None]))
+            self._expect(layer, rule.scores(logits_E[None]))
 
     @property
     def policy(self) -> str:

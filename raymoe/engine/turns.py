@@ -7,6 +7,7 @@ wait for them; decisions for layers to come are made while the device computes.
 L layers, K experts per token, E experts, H hidden.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from raymoe.engine.scheduler import ExpertScheduler
-from raymoe.experts.arena import CudaPinning, Pinning
+from raymoe.experts.arena import CudaPinning, Pinning, pages
 from raymoe.experts.bay import LOAD_TIMEOUT_S
 from raymoe.experts.on_device import ComputeRow, compute_row
 from raymoe.experts.worker import ExpertWorker
@@ -47,21 +48,15 @@ class MappedMemory:
 
     def __init__(self, pinning: Pinning | None = None) -> None:
         self.pinning = pinning or CudaPinning()
-        self._kept: list[torch.Tensor] = []
 
     def __call__(self, elements: int) -> Shared:
         """Raises RuntimeError where host memory can't be mapped."""
-        memory = torch.zeros(max(1024, elements), dtype=torch.float32)
+        memory = pages(4 * elements).view(torch.float32)
         if not self.pinning.pin(memory.data_ptr(), memory.nbytes):
             raise RuntimeError("host memory could not be mapped for the device")
-        self._kept.append(memory)
-        return Shared(memory.numpy()[:elements], torch.as_tensor(_Seen(memory), device="cuda")[:elements])
-
-    def close(self) -> None:
-        """Unmap everything. Nothing may use it any more."""
-        for memory in self._kept:
-            self.pinning.unpin(memory.data_ptr())
-        self._kept.clear()
+        weakref.finalize(memory, self.pinning.unpin, memory.data_ptr())
+        seen = torch.as_tensor(_Seen(memory), device="cuda")
+        return Shared(memory.numpy(), seen)
 
 
 class _Seen:
@@ -181,7 +176,7 @@ class DeviceTurns:
         """Look ahead while the device computes."""
         logits_E = self._coming.pop(layer, None)
         if logits_E is not None:
-            self._scheduler.foresee(layer, logits_E)
+            self._scheduler.foresee(layer + 1, logits_E)
 
     def end(self) -> None:
         """Account for the step."""

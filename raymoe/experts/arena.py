@@ -4,6 +4,7 @@ Where pinning is refused (a limit on locked memory, a system that has none) piec
 go through a staging ring (``experts.cuda_stream``), about four times slower.
 """
 
+import contextlib
 import logging
 import mmap
 from typing import Protocol
@@ -36,11 +37,29 @@ class CudaPinning:
 
     def pin(self, address: int, nbytes: int) -> bool:
         """Register with every context of this process."""
-        return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0
+        done = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0
+        if not done:
+            forget_error()
+        return done
 
     def unpin(self, address: int) -> None:
         """Give it back."""
-        torch.cuda.cudart().cudaHostUnregister(address)
+        if int(torch.cuda.cudart().cudaHostUnregister(address)) != 0:
+            forget_error()
+
+
+def forget_error() -> None:
+    """CUDA reports a refusal once more with the next thing that is asked of it: let that be this."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
+
+
+def pages(nbytes: int) -> torch.Tensor:
+    """Host memory in pages of its own, as pinning takes whole ones; uint8, zeros."""
+    memory = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # a third less time to pin, on an H100's host
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class HostArena:
@@ -54,7 +73,7 @@ class HostArena:
         self._pinning = pinning
         self._piece_bytes = piece_bytes
         self._room = torch.empty(0, dtype=torch.uint8)
-        self._pinned: list[int] = []
+        self._pinned: list[torch.Tensor] = []
         self._refused = False
         self.nbytes = 0
         self.pinned_bytes = 0
@@ -81,8 +100,8 @@ class HostArena:
 
     def close(self) -> None:
         """Unpin everything. The experts stay readable."""
-        for address in self._pinned:
-            self._pinning.unpin(address)
+        for piece in self._pinned:
+            self._pinning.unpin(piece.data_ptr())
         self._pinned.clear()
         self.pinned_bytes = 0
 
@@ -95,13 +114,10 @@ class HostArena:
         return taken
 
     def _piece(self, nbytes: int) -> torch.Tensor:
-        memory = mmap.mmap(-1, nbytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # a third less time to pin, on an H100's host
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        piece = torch.frombuffer(memory, dtype=torch.uint8)
+        piece = pages(nbytes)
         self.nbytes += nbytes
         if not self._refused and self._pinning.pin(piece.data_ptr(), nbytes):
-            self._pinned.append(piece.data_ptr())
+            self._pinned.append(piece)
             self.pinned_bytes += nbytes
         elif not self._refused:
             self._refused = True

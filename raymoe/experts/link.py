@@ -58,6 +58,7 @@ class EmulatedLink:
     Args:
         host_s: imitated seconds of computing one expert on the host; None where the host never does.
         clock, sleep: injected for tests.
+        move: copies one tensor to where it belongs; a GPU's needs a stream of its own.
     """
 
     emulated = True
@@ -69,12 +70,14 @@ class EmulatedLink:
         host_s: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
+        move: Callable[[torch.Tensor, torch.Tensor], object] = lambda source, target: target.copy_(source),
     ) -> None:
         self.bytes_per_s = bytes_per_s
         self.latency_s = latency_s
         self.host_s = host_s
         self._clock = clock
         self._sleep = sleep
+        self._move = move
         self._free_at = 0.0
 
     def pieces(self, source: ExpertTensors, target: ExpertTensors, nbytes: int) -> Iterator[None]:
@@ -89,7 +92,7 @@ class EmulatedLink:
             self._free_at = max(asked_s, self._free_at) + piece_s
             if number == 0:
                 for name, tensor in target.items():
-                    tensor.copy_(source[name])
+                    self._move(source[name], tensor)
             self.until(self._free_at)
 
     def until(self, time_s: float) -> None:

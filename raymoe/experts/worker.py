@@ -97,8 +97,8 @@ class ExpertWorker:
         self.dtype = dtype
         self.layers = layers
         self.slot_budget_bytes = slot_budget_bytes
-        arena = HostArena(CudaPinning()) if device.type == "cuda" else None
-        self.store = store or HostStore(read_expert, arena)
+        self._arena = HostArena(CudaPinning()) if store is None and device.type == "cuda" else None
+        self.store = store or HostStore(read_expert, self._arena)
         self.has_slots = slot_budget_bytes is not None or link is not None or device.type == "cuda"
         self._link = link or MemoryLink()
         self._loader: Loader | None = None
@@ -155,7 +155,7 @@ class ExpertWorker:
 
     def _make_slots(self, keys: list[ExpertKey]) -> None:
         loader: Loader
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self._link.emulated:
             loader = CudaLoader(CudaCopyStream(self.device))
         else:
             loader = ThreadLoader(self._link, self.name)
@@ -519,6 +519,8 @@ class ExpertWorker:
         )
 
     def close(self) -> None:
-        """Stop the loader."""
+        """Stop the loader, and give pinned memory of its own back."""
         if self._loader is not None:
             self._loader.close()
+        if self._arena is not None:
+            self._arena.close()

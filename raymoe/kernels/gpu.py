@@ -59,7 +59,7 @@ class GpuKernels:
             block: rows and columns per program and step, and warps; None: as fits the shape.
         """
         rows, columns = weight_NK.shape
-        block_n, block_k, warps = block or linear_block(rows, columns)
+        block_n, block_k, warps = block or linear_block(columns)
         self._kernels.linear_kernel[(-(-rows // block_n),)](
             x_K,
             weight_NK,
@@ -254,7 +254,7 @@ class GpuKernels:
         """
         rows, hidden = x_RH.shape
         pairs, inner = inner_PI.shape
-        block_i, block_h, warps = block or gate_up_block(inner, hidden)
+        block_i, block_h, warps = block or gate_up_block(hidden)
         self._kernels.gate_up_kernel[(-(-inner // block_i), pairs)](
             x_RH,
             weight,
@@ -311,16 +311,16 @@ def numel(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel()
 
 
-def linear_block(rows: int, columns: int) -> tuple[int, int, int]:
-    """Rows, columns and warps per program: small enough that all of a GPU has something to read."""
-    return (4 if rows < 4096 else 8), min(1024, power_of_two(columns)), 4
+def linear_block(columns: int) -> tuple[int, int, int]:
+    """Rows, columns and warps per program."""
+    return (2, min(1024, power_of_two(columns)), 4) if columns < 4096 else (2, 2048, 8)
 
 
-def gate_up_block(inner: int, hidden: int) -> tuple[int, int, int]:
+def gate_up_block(hidden: int) -> tuple[int, int, int]:
     """Rows of gate and of up, columns, warps."""
-    return (8 if inner < 4096 else 16), min(512, power_of_two(hidden)), 4
+    return 2, min(2048, power_of_two(hidden)), 4
 
 
 def down_block(hidden: int, inner: int) -> tuple[int, int, int]:
     """Rows, columns, warps."""
-    return (8 if hidden < 4096 else 16), min(256 if inner % 256 == 0 else 1024, power_of_two(inner)), 4
+    return (2 if hidden < 4096 else 8), min(1024, power_of_two(inner)), 4
