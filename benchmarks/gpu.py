@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ from raymoe.types import ExpertKey
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of all experts, in slots
 GATE_RECALL, SHADOW_RECALL = 0.75, 0.98  # of gates one layer ahead, and of a 4-bit shadow: docs/benchmarks.md
 SWITCH_S = 5e-5  # for Python's threads, while a thread imitates the link beside one that watches the device
-WARM_UP, STEPS = 40, 40  # tokens: to fill the slots, and to measure
+STEPS = (40, 40)  # tokens: to fill the slots, and to measure
+FEW_STEPS = (6, 10)  # the same where each takes a quarter of a second
 PARTS = ("link", "kernels", "exact", "decode", "offload", "emulated")
 
 
@@ -60,12 +62,18 @@ class Report:
             traceback.print_exc()
             self.failed.append(name)
             result = None
-        self.found[name] = result
+        if result is not None:
+            self.found[name] = result
+        self.keep(name, self.found.get(name))
         now = time.monotonic()
         self._console.print(f"[{name}: {now - start:.1f} s, {now - self._start_s:.0f} s in all]", markup=False)
+        return result
+
+    def keep(self, name: str, found: Any) -> None:
+        """Write what is known so far."""
+        self.found[name] = found
         if self._path is not None:
             self._path.write_text(json.dumps(self.found, indent=2, default=str) + "\n")
-        return result
 
 
 def main() -> int:
@@ -90,8 +98,8 @@ def main() -> int:
         report.part("memory", run.memory)
         report.part("link", run.link)
     if "decode" in wanted:
-        report.part("decode_qwen3", lambda: run.decode(run.qwen3, SHARES))
-        report.part("decode_mixtral", lambda: run.decode(run.mixtral, (1 / 4,)))
+        report.part("decode_qwen3", lambda: run.decode(run.qwen3, SHARES, *STEPS))
+        report.part("decode_mixtral", lambda: run.decode(run.mixtral, (1 / 4,), *FEW_STEPS))
     if "emulated" in wanted:
         report.part("emulated", run.emulated)
     if "offload" in wanted:
@@ -126,7 +134,6 @@ class Run:
         equal = exact.tokens_equal([text[: exact.PROMPT] for text in texts])
         spread = exact.spread(texts[0])
         quality = exact.quality([text[:128] for text in texts], (0.0, 0.25, 0.5))
-        self._streams = embedded_logits(held_out(EVAL, DOMAINS, tokenizer, 640), self._device)
         for name, words in equal.items():
             self._console.print(f"float32, {name}: {words}")
         table = Table(title="bfloat16: root mean square distance from float32's logits")
@@ -196,8 +203,7 @@ class Run:
     def traces(self, shape: Shape, steps: int) -> list[Trace]:
         """Uniform and typical routing, with forecasts of either."""
         logits = [("uniform", uniform(shape.layers, shape.experts, steps, seed=0))]
-        if self._streams:
-            logits.append(("typical", typical(self._streams, shape.layers, shape.experts, steps, seed=0)))
+        logits.insert(0, ("typical", typical(self.streams(), shape.layers, shape.experts, steps, seed=0)))
         return [
             Trace(
                 name=name,
@@ -207,6 +213,13 @@ class Run:
             )
             for name, values in logits
         ]
+
+    def streams(self) -> list[Any]:
+        """The embedded model's router logits over held-out text."""
+        if not self._streams:
+            tokenizer = load_tokenizer(open_checkpoint(str(EMBEDDED_MODEL), "float32"))
+            self._streams = embedded_logits(held_out(EVAL, DOMAINS, tokenizer, 640), self._device)
+        return self._streams
 
     def bench(self, shape: Shape) -> Bench:
         """A trunk for this shape, over the memory that is pinned."""
@@ -226,14 +239,14 @@ class Run:
             new_recorder=lambda: GraphRecorder(self._device),
         )
 
-    def decode(self, shape: Shape, shares: tuple[float, ...]) -> dict[str, Any]:
+    def decode(self, shape: Shape, shares: tuple[float, ...], warm_up: int, steps: int) -> dict[str, Any]:
         """Every policy at every share of slots, for both kinds of routing."""
         assert self._times is not None
         bench, times = self.bench(shape), self._times
         shape = bench.shape
-        traces = self.traces(shape, WARM_UP + STEPS + 1)
+        traces = self.traces(shape, warm_up + steps + 1)
         total = shape.layers * shape.experts
-        resident = bench.run(RESIDENT, None, traces[0], 5, STEPS) if fits(bench) else None
+        resident = bench.run(RESIDENT, None, traces[0], 5, steps) if fits(bench) else None
         floor_s = bench.active_bytes / times.device
         compute_s = resident.tpot_s if resident is not None else floor_s
         table = Table(title=f"{shape.name}: {shape.layers} of {shape.all_layers} layers, ms per token")
@@ -252,25 +265,26 @@ class Run:
             table.add_column(column, justify="left" if column in ("routing", "policy") else "right")
         found: dict[str, Any] = {"active_bytes": bench.active_bytes, "floor_s": floor_s, "runs": []}
         if resident is not None:
-            add_row(table, "", 1.0, resident, RESIDENT.name, 0.0, floor_s / resident.tpot_s)
+            self._console.print(
+                " | ".join(add_row(table, "", 1.0, resident, RESIDENT.name, 0.0, floor_s / resident.tpot_s))
+            )
             found |= {"resident_s": resident.step_s, "resident_share_of_floor": floor_s / resident.tpot_s}
             found["profile"] = profile(bench, traces[0])
         for trace in traces:
             habits = locality(trace.logits_NLE, shape.top_k)
             self._console.print(f"{trace.name}: chosen again {habits.again:.2f}, mass of the chosen {habits.mass:.2f}")
             for share in shares:
-                lru: Timed | None = None
-                for policy in POLICIES:
-                    timed = bench.run(policy, int(total * share), trace, WARM_UP, STEPS)
-                    lru = timed if policy is LRU else lru
+                lru_s = 0.0
+                for policy in POLICIES if trace.name == "typical" else POLICIES[:2]:
+                    timed = bench.run(policy, int(total * share), trace, warm_up, steps)
+                    lru_s = timed.tpot_s if policy is LRU else lru_s
                     link_s = timed.loaded_bytes / times.peak
                     bound = max(link_s, compute_s) / timed.tpot_s
-                    add_row(table, trace.name, share, timed, policy.name, link_s, bound)
-                    assert lru is not None
-                    found["runs"].append(
-                        facts(policy, trace, share, timed, link_s, bound)
-                        | {"tpot_reduction_vs_lru": 1 - timed.tpot_s / lru.tpot_s}
-                    )
+                    row = add_row(table, trace.name, share, timed, policy.name, link_s, bound)
+                    self._console.print(" | ".join(row))
+                    about = facts(policy, trace, share, timed, link_s, bound)
+                    found["runs"].append(about | {"tpot_reduction_vs_lru": 1 - timed.tpot_s / lru_s})
+                    self._report.keep(f"decode_{shape.name}", found)
         self._console.print(table)
         return found
 
@@ -279,18 +293,15 @@ class Run:
         assert self._times is not None
         times, found = self._times, {}
         sys.setswitchinterval(SWITCH_S)
-        for shape, share in ((self.qwen3, 1 / 4), (self.mixtral, 1 / 4)):
+        for shape, share, (warm_up, steps) in ((self.qwen3, 1 / 4, STEPS), (self.mixtral, 1 / 4, FEW_STEPS)):
             bench = self.bench(shape)
-            shape = bench.shape  # as many layers as fit
-            trace = self.traces(shape, WARM_UP + STEPS + 1)[-1]
-            slots = int(shape.layers * shape.experts * share)
-            for policy in POLICIES[:3]:
-                stream = torch.cuda.Stream(self._device)
-                emulation = EmulatedLink(
-                    times.peak, times.latency_s, move=lambda s, t, stream=stream: moved(s, t, stream)
-                )
-                real = bench.run(policy, slots, trace, WARM_UP, STEPS)
-                imitated = bench.run(policy, slots, trace, WARM_UP, STEPS, emulation)
+            trace = self.traces(bench.shape, warm_up + steps + 1)[0]
+            slots = int(bench.shape.layers * shape.experts * share)
+            for policy in POLICIES[:2]:
+                move = partial(moved, stream=torch.cuda.Stream(self._device))
+                emulation = EmulatedLink(times.peak, times.latency_s, move=move)
+                real = bench.run(policy, slots, trace, warm_up, steps)
+                imitated = bench.run(policy, slots, trace, warm_up, steps, emulation)
                 ratio = imitated.tpot_s / real.tpot_s
                 found[f"{shape.name} {policy.name}"] = {
                     "real_ms": 1e3 * real.tpot_s,
@@ -301,6 +312,7 @@ class Run:
                     f"emulated link, {shape.name}, {policy.name}: {1e3 * imitated.tpot_s:.2f} ms, "
                     f"real {1e3 * real.tpot_s:.2f} ms, ratio {ratio:.2f}"
                 )
+                self._report.keep("emulated", found)
         return found
 
     def offload(self) -> dict[str, Any]:
@@ -337,10 +349,12 @@ def profile(bench: Bench, trace: Trace) -> dict[str, float]:
     return dict(sorted(events.items(), key=lambda item: -item[1])[:24])
 
 
-def add_row(table: Table, routing: str, share: float, timed: Timed, policy: str, link_s: float, bound: float) -> None:
-    """One line."""
+def add_row(
+    table: Table, routing: str, share: float, timed: Timed, policy: str, link_s: float, bound: float
+) -> tuple[str, ...]:
+    """One line, which is returned too."""
     steps = len(timed.step_s)
-    table.add_row(
+    row = (
         routing,
         f"{share:.3g}",
         policy,
@@ -352,6 +366,8 @@ def add_row(table: Table, routing: str, share: float, timed: Timed, policy: str,
         f"{bound:.0%}",
         f"{1e3 * sum(timed.decide_s) / steps:.2f}",
     )
+    table.add_row(*row)
+    return row
 
 
 def facts(policy: Policy, trace: Trace, share: float, timed: Timed, link_s: float, bound: float) -> dict[str, Any]:

@@ -91,8 +91,8 @@ class Bay(ABC):
         self._started_s: dict[int, float] = {}
         self._failed: dict[int, BaseException] = {}
         self._purposes: dict[int, tuple[str, StepId | None]] = {}  # of loads under way, while somebody looks
-        self._loaded: list[int] = []
-        self._evicted: list[int] = []
+        self._loaded: dict[int, None] = {}  # in order, and quick to look up
+        self._evicted: dict[int, None] = {}
         self._told_loads = 0
         self._unmeasured: list[Ticket] = []  # loads that computing waits for on the device, their time not known yet
         self._step: Step | None = None
@@ -143,7 +143,7 @@ class Bay(ABC):
         """Ids that are here now and were not at the last take, the reverse, and the loads since then."""
         with self._lock:
             changes = tuple(self._loaded), tuple(self._evicted)
-            self._loaded, self._evicted = [], []
+            self._loaded, self._evicted = {}, {}
             loads = self.counters.loads - self._told_loads
             self._told_loads = self.counters.loads
             return *changes, loads
@@ -261,9 +261,9 @@ class Bay(ABC):
             raise error
 
 
-def _note(identifier: int, gained: list[int], lost: list[int]) -> None:
+def _note(identifier: int, gained: dict[int, None], lost: dict[int, None]) -> None:
     """Add a change to ``gained``, unless it only undoes one in ``lost``: what came and went is no change."""
     if identifier in lost:
-        lost.remove(identifier)
+        del lost[identifier]
     else:
-        gained.append(identifier)
+        gained[identifier] = None

@@ -101,7 +101,7 @@ class Shelf(Bay):
             begun = self._step = self._split(layer, slots_P, absent, scores_E, host_may)
             for identifier in begun.arriving:
                 self._tickets[identifier].hurry()
-            self.residency.use([self.residency.slot_of[identifier] for identifier in begun.arriving])
+                self.residency.use_one(self.residency.slot_of[identifier])
             self._load_waiting(begun)
             return begun
 
@@ -176,8 +176,9 @@ class Shelf(Bay):
             self._prefetch_next()
 
     def top_up(self) -> None:
-        """Begin ordered loads as far as the loader likes: for those who wait for a device that tells nobody when."""
-        if len(self._orders):
+        """Take note of loads that have ended, and begin ordered ones as far as the loader likes: for those who wait for
+        a device that tells nobody when."""
+        if self._tickets or self._orders.by_layer:
             self.on_idle()
 
     def replace_keeper(self, keeper: Keeper) -> None:
@@ -257,9 +258,16 @@ class Shelf(Bay):
         return len(self._ahead) < self._loader.prefetches
 
     def _victim(self, identifier: int) -> int | None:
-        residency = self.residency
-        values = self.keeper.values(residency.place_S, residency.last_use_S)
-        return residency.victim(layer_and_expert(identifier)[0], values)
+        residency, keeper, layer = self.residency, self.keeper, layer_and_expert(identifier)[0]
+        if residency.has_free:
+            return None
+        own = residency.own_slots(layer)
+        if own is not None:  # the common case, with a few dozen slots to look at instead of all
+            values = keeper.values(residency.place_S[own], residency.last_use_S[own])
+            slot = residency.victim_among(own, values)
+            if slot is not None:
+                return slot
+        return residency.victim(layer, keeper.values(residency.place_S, residency.last_use_S))
 
     def _go_on(self, step: Step) -> None:
         self._settle()
@@ -268,7 +276,7 @@ class Shelf(Bay):
     def _load_waiting(self, step: Step) -> None:
         while step.waiting and self._begin_load(step.waiting[0], ON_DEMAND):
             identifier = step.waiting.popleft()
-            self.residency.use([self.residency.slot_of[identifier]])
+            self.residency.use_one(self.residency.slot_of[identifier])
             step.arriving.append(identifier)
 
     def _begin_load(self, identifier: int, priority: int, victim: int | None = None) -> bool:

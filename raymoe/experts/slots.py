@@ -77,6 +77,7 @@ class Residency:
         self._held_L = np.zeros(layers, dtype=np.int64)
         self._step = 0
         self._free = list(range(count - 1, -1, -1))
+        self._slots_of_layer: list[np.ndarray | None] = [None] * layers  # as far as known; claims make it unknown
 
     @property
     def has_free(self) -> bool:
@@ -92,6 +93,12 @@ class Residency:
         self._step += 1
         self.last_use_S[slots] = self._step
         self.shielded_S[slots] = True
+
+    def use_one(self, slot: int) -> None:
+        """The same for one slot, in a third of the time."""
+        self._step += 1
+        self.last_use_S[slot] = self._step
+        self.shielded_S[slot] = True
 
     def unshield(self, slots: np.ndarray | list[int] | slice) -> None:
         """Allow eviction again."""
@@ -118,6 +125,20 @@ class Residency:
                 return victim
         return lowest_value(value_S, evictable_S)
 
+    def own_slots(self, layer: int) -> np.ndarray | None:
+        """The slots, in order, among which ``victim`` looks first for a layer that has its share; None for others."""
+        if not self.share or self._held_L[layer] < self.share:
+            return None
+        slots = self._slots_of_layer[layer]
+        if slots is None:
+            slots = self._slots_of_layer[layer] = np.flatnonzero(self.layer_S == layer)
+        return slots
+
+    def victim_among(self, slots: np.ndarray, value_N: np.ndarray) -> int | None:
+        """As ``victim``, among a few slots with these values."""
+        place = lowest_value(value_N, self.ready_S[slots] > self.shielded_S[slots])
+        return None if place is None else int(slots[place])
+
     def claim(self, expert: int, victim: int | None) -> tuple[int, int | None] | None:
         """Reserve a slot for ``expert``, which must not be in one yet. Mutates; the slot is then loading.
 
@@ -140,6 +161,9 @@ class Residency:
         self.slot_of[expert] = slot
         self.expert_in[slot] = expert
         layer, number = layer_and_expert(expert)
+        before = int(self.layer_S[slot])
+        if before != layer:
+            self._slots_of_layer[before] = self._slots_of_layer[layer] = None
         self.layer_S[slot], self.place_S[slot] = layer, layer * self.ready_slot_LE.shape[1] + number
         self._held_L[layer] += 1
         self.ready_S[slot] = False

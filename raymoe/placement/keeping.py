@@ -27,6 +27,7 @@ class Keeper:
         self._uses = UseCounts(layers, experts)
         self._worth_LE = np.zeros((layers, experts), dtype=np.float32)  # means, or forecasts where those are higher
         self._forecast_LE = np.zeros((layers, experts), dtype=bool)
+        self._row_E = np.zeros(experts, dtype=np.float32)  # what a step is worth, before it joins the mean
 
     def step(self, layer: int, scores_E: np.ndarray | None, experts_P: np.ndarray, rows: int) -> None:
         """A step of the layer has come: ``rows`` rows use these experts, one per pair; its forecast is of no more use.
@@ -35,8 +36,8 @@ class Keeper:
             scores_E: mean gate scores; None where they are not known.
         """
         if scores_E is not None:
-            worth_E = np.zeros(self._worth_LE.shape[1], dtype=np.float32)
-            worth_E[: len(scores_E)] = scores_E
+            worth_E = self._row_E
+            worth_E[: len(scores_E)], worth_E[len(scores_E) :] = scores_E, 0.0
             if rows == 1:
                 worth_E[experts_P] += USED
             else:
