@@ -1,6 +1,7 @@
 """A loader whose loads end when the test says so, for tests of slots."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from raymoe.checkpoint.checkpoint import ExpertTensors
@@ -76,6 +77,9 @@ class ManualLoader:
         self.started.append((identifier, priority))
         self.tickets[identifier] = ticket
         return ticket
+
+    def batch(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def running(self) -> list[ManualTicket]:
         """Loads that have not ended."""

@@ -57,6 +57,7 @@ POLICIES = (
     LRU,
     Policy(name="importance_0.25", scheduling=importance(0.25, "gate"), alpha=0.25, foreseen="gate"),
     Policy(name="importance_0.5", scheduling=importance(0.5, "gate"), alpha=0.5, foreseen="gate"),
+    Policy(name="importance_0.25_no_prefetch", scheduling=importance(0.25, "none"), alpha=0.25),
     Policy(name="shadow", scheduling=importance(0.0, "none"), foreseen="shadow"),
     Policy(name="shadow_0.25", scheduling=importance(0.25, "none"), alpha=0.25, foreseen="shadow"),
 )

@@ -17,7 +17,6 @@ import torch
 
 from raymoe.engine.scheduler import ExpertScheduler
 from raymoe.experts.arena import CudaPinning, Pinning, pages
-from raymoe.experts.bay import LOAD_TIMEOUT_S
 from raymoe.experts.on_device import ComputeRow, compute_row
 from raymoe.experts.worker import ExpertWorker
 from raymoe.kernels.gpu import GpuKernels, numel
@@ -160,11 +159,8 @@ class DeviceTurns:
         experts_K = told[:k].astype(np.int32)
         logits_E = told[2 * k : 2 * k + known] if known else None
         experts_K, weights_K, scores_E = self._scheduler.choose_row(layer, experts_K, told[k : 2 * k], logits_E)
-        slots_K, tickets = worker.stage(layer, experts_K, scores_E)
-        decided[:k] = slots_K
+        decided[:k] = worker.stage(layer, experts_K, scores_E)
         decided[k : 2 * k] = weights_K
-        for ticket in tickets:
-            ticket.wait(LOAD_TIMEOUT_S)
         if coming:
             self._coming[layer] = told[2 * k + known : 2 * k + known + coming].copy()
 

@@ -16,13 +16,12 @@ from raymoe.errors import LoadCancelledError
 from raymoe.experts.call import layer_and_expert
 from raymoe.experts.costs import Cost
 from raymoe.experts.host_store import HostStore
-from raymoe.experts.loader import ON_DEMAND, Loader, Ticket
+from raymoe.experts.loader import LOAD_TIMEOUT_S, ON_DEMAND, Loader, Ticket
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.observe.trace import Span, Tracer
 from raymoe.placement.keeping import Keeper
 from raymoe.types import StepId
 
-LOAD_TIMEOUT_S = 600.0  # a guard against a dead loader; deadlines of calls are the client's
 SLOT_WAIT_S = 1e-4  # while every slot is taken by loads in flight that nobody waits for
 
 
@@ -214,10 +213,14 @@ class Bay(ABC):
         _note(identifier, self._evicted, self._loaded)
         self.counters.evictions += 1
 
-    def _settle(self) -> None:
-        """Take note of loads that have finished; a failed one frees its slot, its error comes up on demand."""
+    def _settle(self, layer: int | None = None) -> None:
+        """Take note of loads that have finished; a failed one frees its slot, its error comes up on demand.
+
+        Args:
+            layer: whose loads; None: all.
+        """
         for identifier, ticket in list(self._tickets.items()):
-            if ticket.is_done():
+            if (layer is None or layer_and_expert(identifier)[0] == layer) and ticket.is_done():
                 self._land(identifier, ticket)
         if self._unmeasured:
             self._unmeasured = [ticket for ticket in self._unmeasured if not self._measure(ticket)]
@@ -240,11 +243,11 @@ class Bay(ABC):
                 self._failed[identifier] = ticket.error
 
     def _measure(self, ticket: Ticket) -> bool:
-        """Take note of the time that a load took; whether that is known by now."""
+        """Take note of the time that a load took. False while that is still to come."""
         seconds = ticket.link_s()
         if seconds is not None:
             self.load_cost.add(seconds)
-        return seconds is not None
+        return seconds is not None or ticket.is_done()
 
     # --- the caller does not hold the lock --------------------------------------------------------------
 

@@ -18,10 +18,10 @@ from collections import deque
 
 import numpy as np
 
-from raymoe.experts.bay import LOAD_TIMEOUT_S, SLOT_WAIT_S, Bay, Step
+from raymoe.experts.bay import SLOT_WAIT_S, Bay, Step
 from raymoe.experts.call import LoadOrder, expert_id, layer_and_expert
 from raymoe.experts.host_store import HostStore
-from raymoe.experts.loader import ON_DEMAND, PREFETCH, Loader, Ticket
+from raymoe.experts.loader import LOAD_TIMEOUT_S, ON_DEMAND, PREFETCH, Loader, Ticket
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.experts.timetable import Timetable
 from raymoe.placement.keeping import Keeper

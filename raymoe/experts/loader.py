@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from raymoe.experts.link import Link
 
 log = logging.getLogger(__name__)
 
+LOAD_TIMEOUT_S = 600.0  # a guard against a dead loader; deadlines of calls are the client's
 ON_DEMAND, PREFETCH = 0, 1
 CANCELLED = ON_DEMAND - 1  # before all others, for a slot waits for its end
 
@@ -67,6 +69,10 @@ class Loader(Protocol):
 
     def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> Ticket:
         """Begin to move ``source`` into ``target``."""
+        ...
+
+    def batch(self) -> AbstractContextManager[None]:
+        """While entered, several loads are begun: what they share is done once."""
         ...
 
     def set_clock(self) -> None:
@@ -166,6 +172,10 @@ class ThreadLoader:
         ticket = ThreadTicket(self._link.pieces(source, target, nbytes), priority, self._put)
         self._put(ticket)
         return ticket
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Nothing is shared."""
+        return nullcontext()
 
     def set_clock(self) -> None:
         """Nothing: the thread reads the clock itself."""

@@ -9,11 +9,11 @@ from collections import deque
 
 import numpy as np
 
-from raymoe.experts.bay import LOAD_TIMEOUT_S, SLOT_WAIT_S, Bay, Step
+from raymoe.experts.bay import SLOT_WAIT_S, Bay, Step
 from raymoe.experts.call import expert_id, layer_and_expert
 from raymoe.experts.costs import Cost
 from raymoe.experts.host_store import HostStore
-from raymoe.experts.loader import ON_DEMAND, PREFETCH, Loader, Ticket
+from raymoe.experts.loader import LOAD_TIMEOUT_S, ON_DEMAND, PREFETCH, Loader
 from raymoe.experts.orders import Orders
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.placement.eviction import prefetch_is_welcome
@@ -55,16 +55,17 @@ class Shelf(Bay):
         self, layer: int, experts_P: np.ndarray, rows: int, scores_E: np.ndarray | None, step: StepId | None = None
     ) -> Step:
         """Shield what the call needs, start loading what is missing, and say what the host shall compute."""
-        return self._begin_step(layer, experts_P, rows, scores_E, rows <= MOST_HOST_ROWS)
+        return self._begin_step(layer, experts_P, rows, scores_E, host_may=rows <= MOST_HOST_ROWS)
 
-    def stage(self, layer: int, experts_K: np.ndarray, scores_E: np.ndarray | None) -> tuple[np.ndarray, list[Ticket]]:
-        """A call of one row by a device that waits for loads itself: each expert's slot, and the loads to wait for.
+    def stage(self, layer: int, experts_K: np.ndarray, scores_E: np.ndarray | None) -> np.ndarray:
+        """A call of one row, to be computed from the slots that are returned, one per expert, as soon as the loads that
+        computing waits for are done.
 
         They are shielded until the next call, by when the device must have computed them. There must be as many slots.
         """
-        step = self._begin_step(layer, experts_K, 1, scores_E, False)
+        step = self._begin_step(layer, experts_K, 1, scores_E, host_may=False, settles=layer)
         if step.is_ready:
-            return step.slots_P, []
+            return step.slots_P
         deadline = time.monotonic() + LOAD_TIMEOUT_S
         while step.waiting:  # all other slots are taken by prefetches under way
             if time.monotonic() > deadline:
@@ -74,17 +75,25 @@ class Shelf(Bay):
         with self._lock:
             tickets = [ticket for i in step.arriving if (ticket := self._tickets.get(i)) is not None]
             slots = [self.residency.slot_of[expert_id(layer, expert)] for expert in experts_K.tolist()]
-        for ticket in tickets:
-            ticket.hurry()
-        return np.array(slots, dtype=np.int32), tickets
+        for ticket in reversed(tickets):  # a device's copies are in one order: it need only wait for the last
+            ticket.wait(LOAD_TIMEOUT_S)
+        return np.array(slots, dtype=np.int32)
 
     def _begin_step(
-        self, layer: int, experts_P: np.ndarray, rows: int, scores_E: np.ndarray | None, host_may: bool
+        self,
+        layer: int,
+        experts_P: np.ndarray,
+        rows: int,
+        scores_E: np.ndarray | None,
+        *,
+        host_may: bool,
+        settles: int | None = None,
     ) -> Step:
+        """``settles``: the layer whose loads are taken note of before; None: all."""
         with self._lock:
             self.residency.unshield(slice(None))  # a call that was begun and never finished shields nothing any more
             if self._tickets:
-                self._settle()
+                self._settle(settles)
             self.counters.prefetches_late += self._orders.drop(layer)
             self.keeper.step(layer, scores_E, experts_P, rows)
             self._cancel_wrong(layer, experts_P)
@@ -230,9 +239,11 @@ class Shelf(Bay):
                 ticket.cancel()
 
     def _order(self, layer: int, worth: dict[int, float]) -> None:
-        self._orders.place(layer, {i: value for i, value in worth.items() if i not in self.residency.slot_of})
-        self._settle()
-        self._prefetch_next()
+        missing = {i: value for i, value in worth.items() if i not in self.residency.slot_of}
+        self._orders.place(layer, missing)
+        if missing:
+            self._settle()
+            self._prefetch_next()
 
     def _prefetch_next(self) -> None:
         """As many prefetches at a time as the loader likes, and none while somebody waits for a load or a slot."""
@@ -274,10 +285,13 @@ class Shelf(Bay):
         self._load_waiting(step)
 
     def _load_waiting(self, step: Step) -> None:
-        while step.waiting and self._begin_load(step.waiting[0], ON_DEMAND):
-            identifier = step.waiting.popleft()
-            self.residency.use_one(self.residency.slot_of[identifier])
-            step.arriving.append(identifier)
+        if not step.waiting:
+            return
+        with self._loader.batch():
+            while step.waiting and self._begin_load(step.waiting[0], ON_DEMAND):
+                identifier = step.waiting.popleft()
+                self.residency.use_one(self.residency.slot_of[identifier])
+                step.arriving.append(identifier)
 
     def _begin_load(self, identifier: int, priority: int, victim: int | None = None) -> bool:
         claimed = self.residency.claim(identifier, self._victim(identifier) if victim is None else victim)

@@ -27,7 +27,7 @@ from raymoe.experts.cuda_loader import CudaLoader
 from raymoe.experts.cuda_stream import CudaCopyStream
 from raymoe.experts.host_store import HostStore, ReadExpert
 from raymoe.experts.link import EmulatedLink, Link, MemoryLink
-from raymoe.experts.loader import Loader, ThreadLoader, Ticket
+from raymoe.experts.loader import Loader, ThreadLoader
 from raymoe.experts.report import WorkerReport
 from raymoe.experts.shelf import Shelf
 from raymoe.experts.slots import SlotPool
@@ -374,8 +374,8 @@ class ExpertWorker:
 
     # --- computing by a device that waits for loads itself -----------------------------------------------
 
-    def stage(self, layer: int, experts_K: np.ndarray, scores_E: np.ndarray | None) -> tuple[np.ndarray, list[Ticket]]:
-        """The slot of each expert of one row, and the loads that the device has to wait for; see ``Shelf.stage``.
+    def stage(self, layer: int, experts_K: np.ndarray, scores_E: np.ndarray | None) -> np.ndarray:
+        """The slot of each expert of one row; see ``Shelf.stage``.
 
         Raises ExpertUnavailableError where an expert is not in this worker's shard.
         """

@@ -1,6 +1,6 @@
 """What the decode step asks of a GPU's kernels, one method per kernel. See ``triton_kernels`` for what they compute.
 
-Block sizes come from sweeps on an H100 (``benchmarks.gpu --part kernels``). Every output is the caller's, so nothing is
+Block sizes come from sweeps on an H100 and an H200. Every output is the caller's, so nothing is
 allocated: calls can be captured into CUDA graphs.
 """
 
@@ -313,7 +313,7 @@ def numel(tensor: torch.Tensor | None) -> int:
 
 def linear_block(columns: int) -> tuple[int, int, int]:
     """Rows, columns and warps per program."""
-    return (2, min(1024, power_of_two(columns)), 4) if columns < 4096 else (2, 2048, 8)
+    return 1, min(2048, power_of_two(columns)), 4
 
 
 def gate_up_block(hidden: int) -> tuple[int, int, int]:
@@ -323,4 +323,4 @@ def gate_up_block(hidden: int) -> tuple[int, int, int]:
 
 def down_block(hidden: int, inner: int) -> tuple[int, int, int]:
     """Rows, columns, warps."""
-    return (2 if hidden < 4096 else 8), min(1024, power_of_two(inner)), 4
+    return (1, min(1024, power_of_two(inner)), 1) if hidden < 4096 else (8, min(1024, power_of_two(inner)), 4)
