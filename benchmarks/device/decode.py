@@ -221,11 +221,13 @@ class Bench:
         scheduler.alpha = policy.alpha
         for _, module in experts_modules(self.model):
             module.raymoe_backend = scheduler
+        staging = worker.staging()
+        assert staging is not None, "it has slots that cache"
         turns = TimedTurns(
             self.given,
             policy.foreseen,
             scheduler,
-            worker,
+            staging,
             self.kernels,
             modules=self._modules,
             top_k=[self.shape.top_k] * self.shape.layers,

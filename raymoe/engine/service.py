@@ -34,13 +34,12 @@ from raymoe.engine.request import Chunk, Result, SamplingParams, collect
 from raymoe.engine.sampling import SamplingDefaults
 from raymoe.engine.scheduler import ExpertScheduler, OnForecast
 from raymoe.engine.scheduler_protocol import RowScheduler, Scheduler
-from raymoe.engine.turns import DeviceTurns, Share
+from raymoe.engine.turns import captured_decode
 from raymoe.engine.watch import WatchedScheduler
 from raymoe.errors import CheckpointError, RequestError
 from raymoe.experts.build import torch_device
-from raymoe.experts.worker import ExpertWorker
-from raymoe.kernels.gpu import GpuKernels, load_gpu
-from raymoe.model.captured import CapturedDecode, GraphRecorder, Recorder
+from raymoe.kernels.gpu import load_gpu
+from raymoe.model.captured import CapturedDecode
 from raymoe.model.emulation import Emulation
 from raymoe.model.emulation_proof import attach_emulation
 from raymoe.model.fast import use_native_kernels
@@ -342,36 +341,6 @@ class ModelService:
     def close(self) -> None:
         """Stop the engine; requests that are not finished end with EngineStoppedError."""
         self._engine.stop()
-
-
-def captured_decode(
-    runner: Runner,
-    experts: ExpertScheduler,
-    checkpoint: Checkpoint,
-    sites: list[MoeSite] | None,
-    kernels: GpuKernels,
-    recorder: Recorder | None = None,
-    share: Share | None = None,
-) -> CapturedDecode | None:
-    """Single tokens as replayed graphs; None where the experts are not all on the trunk's GPU, or a token's do not fit
-    its slots."""
-    worker = experts.dispatcher.only_worker
-    top_k = [layer.top_k for layer in checkpoint.layers]
-    if not isinstance(worker, ExpertWorker) or worker.device != runner.device:
-        return None
-    if any(worker.pool(layer).count < k for layer, k in enumerate(top_k)):
-        return None
-    turns = DeviceTurns(
-        experts,
-        worker,
-        kernels,
-        modules=[module for _, module in experts_modules(checkpoint.skeleton)],
-        top_k=top_k,
-        sites=sites,
-        is_whole=all((worker.slots_by_expert(layer) >= 0).all() for layer in range(len(top_k))),
-        share=share,
-    )
-    return CapturedDecode(runner.model, runner.forward_one, turns, recorder or GraphRecorder(runner.device))
 
 
 def forecasts(sites: list[MoeSite], emulation: Emulation | None, experts: Experts) -> dict[str, Forecast]:

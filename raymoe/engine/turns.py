@@ -15,14 +15,17 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from raymoe.checkpoint.architectures import experts_modules
+from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.engine.scheduler import ExpertScheduler
 from raymoe.experts.arena import CudaPinning, Pinning, pages
 from raymoe.experts.on_device import ComputeRow, compute_row
+from raymoe.experts.staging import Staging
 from raymoe.experts.worker import ExpertWorker
 from raymoe.kernels.gpu import GpuKernels, numel
-from raymoe.model.captured import Cut
+from raymoe.model.captured import CapturedDecode, Cut, GraphRecorder, Recorder
+from raymoe.model.runner import Runner
 from raymoe.model.sites import MoeSite
-from raymoe.types import DeviceName
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class DeviceTurns:
     """``StepExperts`` over one local worker.
 
     Args:
+        staging: the worker's slots.
         sites: of the MoE layers, for scores and forecasts; None where the policy asks for neither.
         modules: the experts module of each layer.
         top_k: experts per token in each layer.
@@ -86,7 +90,7 @@ class DeviceTurns:
     def __init__(
         self,
         scheduler: ExpertScheduler,
-        worker: ExpertWorker,
+        staging: Staging,
         kernels: GpuKernels,
         *,
         modules: Sequence[Any],
@@ -97,20 +101,21 @@ class DeviceTurns:
     ) -> None:
         self.is_whole = is_whole
         self._scheduler = scheduler
-        self._worker = worker
-        self._name = DeviceName(worker.name)
+        self._staging = staging
         self._kernels = kernels
         self._sites = sites
         self._computes: list[ComputeRow] = [
-            compute_row(module, worker.pool(layer), kernels) for layer, module in enumerate(modules)
+            compute_row(module, staging.pool(layer), kernels) for layer, module in enumerate(modules)
         ]
         self._coming: dict[int, np.ndarray] = {}
-        device = worker.pool(0).block.device
+        device = staging.device
         if is_whole:
-            self._tables = [torch.from_numpy(worker.slots_by_expert(layer)).to(device) for layer in range(len(modules))]
+            self._tables = [
+                torch.from_numpy(staging.slots_by_expert(layer)).to(device) for layer in range(len(modules))
+            ]
             return
         share = share or MappedMemory()
-        self._told = [share(2 * k + 2 * layer.num_experts) for k, layer in zip(top_k, worker.layers, strict=True)]
+        self._told = [share(2 * k + 2 * staging.most_experts) for k in top_k]
         self._decided = [share(2 * k) for k in top_k]
         self._slots = [torch.zeros(k, dtype=torch.int64, device=device) for k in top_k]
         self._weights = [torch.zeros(k, dtype=torch.float32, device=device) for k in top_k]
@@ -152,21 +157,21 @@ class DeviceTurns:
 
     def decide(self, layer: int) -> None:
         """Route, begin loads, tell the device slots and weights, and let it wait for the loads."""
-        worker, told, decided = self._worker, self._told[layer].host, self._decided[layer].host
+        staging, told, decided = self._staging, self._told[layer].host, self._decided[layer].host
         if layer == 0:
-            worker.begin_staged()
+            staging.begin()
         k, known, coming = self._parts[layer]
         experts_K = told[:k].astype(np.int32)
         logits_E = told[2 * k : 2 * k + known] if known else None
         experts_K, weights_K, scores_E = self._scheduler.choose_row(layer, experts_K, told[k : 2 * k], logits_E)
-        decided[:k] = worker.stage(layer, experts_K, scores_E)
+        decided[:k] = staging.stage(layer, experts_K, scores_E)
         decided[k : 2 * k] = weights_K
         if coming:
             self._coming[layer] = told[2 * k + known : 2 * k + known + coming].copy()
 
     def meanwhile(self) -> None:
         """Let prefetches go on."""
-        self._worker.pump()
+        self._staging.pump()
 
     def launched(self, layer: int) -> None:
         """Look ahead while the device computes."""
@@ -177,4 +182,35 @@ class DeviceTurns:
     def end(self) -> None:
         """Account for the step."""
         if not self.is_whole:
-            self._scheduler.dispatcher.account(self._name, self._worker.end_staged())
+            self._scheduler.dispatcher.account(self._staging.name, self._staging.end())
+
+
+def captured_decode(
+    runner: Runner,
+    scheduler: ExpertScheduler,
+    checkpoint: Checkpoint,
+    sites: Sequence[MoeSite] | None,
+    kernels: GpuKernels,
+    recorder: Recorder | None = None,
+    share: Share | None = None,
+) -> CapturedDecode | None:
+    """Single tokens as replayed steps; None where the experts are not all on the trunk's device, or a token's are more
+    than its slots."""
+    worker = scheduler.dispatcher.only_worker
+    staging = worker.staging() if isinstance(worker, ExpertWorker) else None
+    top_k = [layer.top_k for layer in checkpoint.layers]
+    if staging is None or staging.device != runner.device:
+        return None
+    if any(staging.pool(layer).count < k for layer, k in enumerate(top_k)):
+        return None
+    turns = DeviceTurns(
+        scheduler,
+        staging,
+        kernels,
+        modules=[module for _, module in experts_modules(checkpoint.skeleton)],
+        top_k=top_k,
+        sites=sites,
+        is_whole=all((staging.slots_by_expert(layer) >= 0).all() for layer in range(len(top_k))),
+        share=share,
+    )
+    return CapturedDecode(runner.model, runner.forward_one, turns, recorder or GraphRecorder(runner.device))

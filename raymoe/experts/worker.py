@@ -30,12 +30,12 @@ from raymoe.experts.link import EmulatedLink, Link, MemoryLink
 from raymoe.experts.loader import Loader, ThreadLoader
 from raymoe.experts.report import WorkerReport
 from raymoe.experts.shelf import Shelf
-from raymoe.experts.slots import SlotPool
+from raymoe.experts.staging import Staging
 from raymoe.experts.watch import CallWatch
 from raymoe.kernels.native import NativeKernels
 from raymoe.observe.trace import Recording, Tracer
 from raymoe.placement.keeping import Keeper
-from raymoe.types import ExpertKey
+from raymoe.types import DeviceName, ExpertKey
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,7 +109,6 @@ class ExpertWorker:
         self._bays: list[Bay] = []
         self._bay_of_layer: list[int] = []
         self._direct = Counters()
-        self._told = (0, 0)
         self._calls = 0
         self._watch: CallWatch | None = None
         self._scheduling = scheduling or SchedulingConfig()
@@ -372,62 +371,12 @@ class ExpertWorker:
                 self._watch.computed(call, call.experts_P[mine_P], computing_s, "miss")
             bay.release(step, [slot])
 
-    # --- computing by a device that waits for loads itself -----------------------------------------------
-
-    def stage(self, layer: int, experts_K: np.ndarray, scores_E: np.ndarray | None) -> np.ndarray:
-        """The slot of each expert of one row; see ``Shelf.stage``.
-
-        Raises ExpertUnavailableError where an expert is not in this worker's shard.
-        """
-        if not self._owns_all and not self._owned[layer][experts_K].all():
-            raise ExpertUnavailableError(f'device "{self.name}" does not own all experts asked for in layer {layer}')
-        bay = self._bay(layer)
-        assert isinstance(bay, Shelf), "policies that follow orders compute call by call"
-        self._calls += 1
-        return bay.stage(layer, experts_K, scores_E)
-
-    def pool(self, layer: int) -> SlotPool:
-        """The slots that a layer's experts pass through."""
-        return self._bay(layer).pool
-
-    def slots_by_expert(self, layer: int) -> np.ndarray:
-        """int32 per expert of the layer: its slot, -1 for those that are in none."""
-        return self._bay(layer).residency.ready_slot_LE[layer][: self.layers[layer].num_experts].copy()
-
-    def pump(self) -> None:
-        """Let prefetches go on; for whoever waits for the device."""
-        if isinstance(self._loader, CudaLoader):
-            self._loader.pump()
-            for bay in self._bays:
-                if isinstance(bay, Shelf):
-                    bay.top_up()
-
-    def begin_staged(self) -> None:
-        """A step of staged calls begins: the host has seen the end of all computing in slots that loads may take."""
-        self._told = self._pairs()
-        if isinstance(self._loader, CudaLoader):
-            self._loader.follows_host = True
-
-    def end_staged(self) -> ExpertAnswer:
-        """The step has ended. What it cost, without any output."""
-        if isinstance(self._loader, CudaLoader):
-            self._loader.follows_host = False
-        hits, misses = (after - before for after, before in zip(self._pairs(), self._told, strict=True))
-        changes = [bay.take_changes() for bay in self._bays]
-        return ExpertAnswer(
-            output_PH=torch.empty((0, 0)),
-            hits=hits,
-            misses=misses,
-            loads=sum(loads for _, _, loads in changes),
-            bytes_loaded=sum(loads * bay.expert_bytes for bay, (_, _, loads) in zip(self._bays, changes, strict=True)),
-            loaded=tuple(i for loaded, _, _ in changes for i in loaded),
-            evicted=tuple(i for _, evicted, _ in changes for i in evicted),
-            load_s=self.load_s,
-        )
-
-    def _pairs(self) -> tuple[int, int]:
-        """Hits and misses so far."""
-        return sum(bay.counters.hits for bay in self._bays), sum(bay.counters.misses for bay in self._bays)
+    def staging(self) -> Staging | None:
+        """For calls of one row that are computed elsewhere, from this worker's slots; None where it has none to cache."""
+        shelves = [bay for bay in self._bays if isinstance(bay, Shelf)]
+        if self._loader is None or len(shelves) < len(self._bays):
+            return None
+        return Staging(DeviceName(self.name), shelves, self._bay_of_layer, self._loader, self._owned)
 
     # --- outside of calls -------------------------------------------------------------------------------
 

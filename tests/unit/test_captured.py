@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from raymoe.engine.scheduler import ExpertScheduler
-from raymoe.engine.service import ModelService, captured_decode
+from raymoe.engine.service import ModelService
+from raymoe.engine.turns import captured_decode
 from raymoe.model import fixed_cache
 from raymoe.model.captured import CapturedDecode
 from raymoe.model.gpu_blocks import use_gpu_kernels

@@ -1,4 +1,4 @@
-"""A GPU's loads over a copy stream that the test plays: order, pieces that urgent loads overtake, who waits for what."""
+"""A GPU's loads over a copy stream that the test plays: order, urgent loads overtaking pieces, who waits for what."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,13 +1,9 @@
-"""The GPU's kernels compute what torch computes. Without a GPU they run in Triton's interpreter."""
-
-import os
+"""The GPU's kernels compute what torch computes. Without a GPU they run in Triton's interpreter (conftest)."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton is not installed; the GPU's kernels are tested where it is")
 
 from raymoe.kernels.gpu import GpuKernels, load_gpu
