@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 from transformers import DynamicCache
 
 from raymoe.kernels.native import NativeKernels, load_native
-from raymoe.model.blocks import OneRowMlp, OneTokenAttention, fused_attention, fused_mlp
+from raymoe.model.blocks import FewRowsMlp, OneTokenAttention, fused_attention, fused_mlp
 from raymoe.model.fast import use_native_kernels
 from raymoe.model.runner import Runner
 from tests.toy_models import PROMPT, TOYS, build_toy
@@ -82,7 +82,7 @@ def test_the_kernel_is_a_gated_mlp(kernels: NativeKernels, dtype: torch.dtype, h
 def test_a_gated_mlp_is_replaced_for_one_row_alone(kernels: NativeKernels, dtype: torch.dtype) -> None:
     module = Mlp(dtype)
     replacement = fused_mlp(module, kernels)
-    assert isinstance(replacement, OneRowMlp)
+    assert isinstance(replacement, FewRowsMlp)
     for shape in ((40,), (1, 40), (1, 1, 40)):
         x = random(*shape, dtype=dtype)
         assert replacement(x).shape == x.shape
