@@ -381,7 +381,7 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         """A request is answered, or cancelled: its cache may serve prompts that begin as it did."""
-        if sequence.state is not None and self._runner.copies and self._reads_pieces:
+        if sequence.state is not None and self._reads_pieces and self._runner.copies:
             self._roster.keep(Kept.of(sequence), sequence)
         self._remove(sequence)
         self._account(sequence)  # some of it is known only now that the sequence has ended

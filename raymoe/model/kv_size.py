@@ -4,7 +4,8 @@ Keys and values by position are counted from their shapes; what else a cache hol
 windows) is measured at two lengths, and taken to grow in a straight line between and beyond.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 from raymoe.checkpoint.architectures import experts_modules
@@ -45,16 +46,18 @@ class KvSize:
         held: by position.
         fixed_bytes: of what does not depend on the length.
         token_bytes: by which the rest grows with each token.
+        slack: times; tensors may be views of larger ones, which are kept as long.
     """
 
     held: tuple[Held, ...]
     fixed_bytes: int = 0
     token_bytes: float = 0.0
+    slack: float = 1.0
 
     def at(self, tokens: int, at_once: int = 1) -> int:
         """Bytes for a sequence of so many tokens, of which at most so many are read at once."""
-        rest = self.fixed_bytes + -int(-self.token_bytes * tokens // 1)
-        return sum(part.at(tokens, at_once) for part in self.held) + rest
+        rest = self.fixed_bytes + self.token_bytes * tokens
+        return ceil(self.slack * (sum(part.at(tokens, at_once) for part in self.held) + rest))
 
     def tokens_within(self, budget_bytes: int, at_once: int = 1) -> int:
         """The most tokens of a sequence whose cache fits, at most a thousand million."""
@@ -73,7 +76,10 @@ def measure_kv(runner: Runner) -> KvSize:
     held, long_rest = _taken_apart(long)
     _, short_rest = _taken_apart(short)
     growth = max(0.0, (long_rest - short_rest) / (LONG_TOKENS - SHORT_TOKENS))
-    return KvSize(held=held, fixed_bytes=max(0, int(long_rest - growth * LONG_TOKENS)), token_bytes=growth)
+    size = KvSize(held=held, fixed_bytes=max(0, ceil(long_rest - growth * LONG_TOKENS)), token_bytes=growth)
+    measured = ((short, SHORT_TOKENS), (long, LONG_TOKENS))
+    slack = max(Runner.held_bytes(state) / max(1, size.at(count, count)) for state, count in measured)
+    return replace(size, slack=max(1.0, slack))
 
 
 def _taken_apart(state: SequenceState) -> tuple[tuple[Held, ...], int]:

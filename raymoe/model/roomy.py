@@ -28,6 +28,7 @@ class RoomyLayer(DynamicLayer):
         super().__init__(*args, **kwargs)
         self._keys_at = 0
         self._values_at = 0
+        self._last: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -52,6 +53,13 @@ class RoomyLayer(DynamicLayer):
             For each token: addresses of keys and values, elements from head to head, and the token's position.
         """
         heads, width = shape
+        if self.is_initialized:
+            keys, values = self.keys, self.values
+            length = keys.shape[2]
+            known_keys, known_values, known_length, capacity = self._last
+            if id(keys) == known_keys and id(values) == known_values and length == known_length < capacity - count + 1:
+                self.keys, self.values = _longer(keys, length + count), _longer(values, length + count)
+                return self._places(length, count, capacity, width)
         length = self.get_seq_length()
         if not self._has_room(self.keys, self._keys_at, length + count) or not self._has_room(
             self.values, self._values_at, length + count
@@ -62,11 +70,17 @@ class RoomyLayer(DynamicLayer):
             self._reserve(length, count, empty, empty)
         else:
             self.keys, self.values = _longer(self.keys, length + count), _longer(self.values, length + count)
-        stride = self.keys.stride(1)
+        return self._places(length, count, self.keys.stride(1) // width, width)
+
+    def _places(self, length: int, count: int, capacity: int, width: int) -> list[tuple[int, int, int, int]]:
+        """Of the tokens appended last; and note what was made for them, to be known again at the next step."""
+        self._last = (id(self.keys), id(self.values), length + count, capacity)
+        stride = capacity * width
         return [(self._keys_at, self._values_at, stride, length + token) for token in range(count)]
 
     def _reserve(self, length: int, count: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make ``keys`` and ``values`` longer by ``count``; what is new in them is not set."""
+        self._last = (0, 0, 0, 0)
         if self._has_room(self.keys, self._keys_at, length + count):
             self.keys = _longer(self.keys, length + count)
         else:

@@ -117,8 +117,8 @@ def test_what_was_cut_or_replaced_from_outside_is_not_written_over() -> None:
     assert float(foreign.abs().sum()) == 0.0 and layer.keys.shape[2] == 8
 
 
-def test_a_cache_knows_its_memory(toys: Toys) -> None:
-    runner, _ = proved(toys("mixtral"))
+def test_a_cache_knows_its_memory() -> None:
+    runner, _ = proved(EMBEDDED_MODEL)
     size = measure_kv(runner)
     state = runner.empty()
     for length in (1, ROOM_TOKENS, ROOM_TOKENS + 1):
