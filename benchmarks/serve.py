@@ -124,11 +124,14 @@ def closed_loop(service: ModelService, users: int, requests: int, tokens: int) -
     return Load(tokens_per_s=requests * tokens / took_s, tpots_s=[tpot for request in done for tpot in request.tpots_s])
 
 
-def under_a_long_prompt(service: ModelService, tokens: int, prompt_tokens: int) -> Load:
+def under_a_long_prompt(service: ModelService, tokens: int, prompt_tokens: int, seed: int) -> Load:
     """All but one user in the middle of an answer, when a prompt of so many tokens (0: none) arrives.
 
     Only the times between the others' tokens count that end between its arrival and its own first token: in a longer
     time the percentile would hide a stall. Where none arrives, those of all the rest of their answers do.
+
+    Args:
+        seed: another for every prompt, for one that was read before would start from a copy.
     """
     finished: queue.SimpleQueue[Request] = queue.SimpleQueue()
     start_s = time.perf_counter()
@@ -139,7 +142,7 @@ def under_a_long_prompt(service: ModelService, tokens: int, prompt_tokens: int) 
             middle.set()
     expected, arrival_s, late = len(others), time.perf_counter(), None
     if prompt_tokens:
-        late = ask(service, 99, prompt_tokens, 8, finished.put)
+        late = ask(service, seed, prompt_tokens, 8, finished.put)
         expected += 1
     for _ in range(expected):
         finished.get(timeout=120)
@@ -189,12 +192,12 @@ def concurrency(service: ModelService, rounds: int, tokens: int, name: str, aske
 def long_prompt(chunked: ModelService, whole: ModelService, rounds: int, tokens: int) -> list[Figure]:
     """What a prompt of half the context does to the others."""
     assert chunked.context is not None
-    half = chunked.context // 2
+    half, seeds = chunked.context // 2, itertools.count(1000)
     found = rounds_of(
         {
-            "none": lambda: under_a_long_prompt(chunked, tokens, 0),
-            "chunked": lambda: under_a_long_prompt(chunked, tokens, half),
-            "whole": lambda: under_a_long_prompt(whole, tokens, half),
+            "none": lambda: under_a_long_prompt(chunked, tokens, 0, 0),
+            "chunked": lambda: under_a_long_prompt(chunked, tokens, half, next(seeds)),
+            "whole": lambda: under_a_long_prompt(whole, tokens, half, next(seeds)),
         },
         rounds,
     )

@@ -15,6 +15,7 @@ from raymoe.checkpoint.architectures import experts_modules
 from raymoe.model.kv import abilities
 from raymoe.model.roomy import RoomyLayer
 from raymoe.model.router import ProbeExperts, backend_of, probe_tokens
+from raymoe.model.rows_proof import why_never
 from raymoe.model.runner import Runner, SequenceState
 from raymoe.model.trials import allowed_difference
 
@@ -26,7 +27,6 @@ BESIDE = (5, 20, 15)  # pieces of it that are read in one forward with another s
 OTHER_TOKENS = 6  # of the prompt of that sequence
 COMMON = 22  # tokens of a prompt that are copied from another's
 FOLLOWING = 4  # tokens read one by one afterwards
-DIFFERING_ROPE = ("dynamic", "longrope")  # kinds of rotation that depend on how long the sequence in hand is
 
 
 def prove_pieces(runner: Runner) -> dict[str, str]:
@@ -49,25 +49,6 @@ def prove_pieces(runner: Runner) -> dict[str, str]:
         if reason is not None:
             reasons["copies"] = reason
     return reasons
-
-
-def why_never(runner: Runner) -> str | None:
-    """What a short probe would not show."""
-    config = runner.model.config.get_text_config(decoder=True)
-    if not runner.takes_rows:
-        return "the architecture prepares its inputs in a way of its own"
-    if getattr(config, "attention_chunk_size", None):
-        return "it attends in chunks of absolute places"
-    if rotates_by_length(config):
-        return "its positions are rotated by how long the sequence is"
-    return None
-
-
-def rotates_by_length(config: Any) -> bool:
-    """Whether the same position is rotated differently in a longer forward."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    layers = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return any(layer.get("rope_type") in DIFFERING_ROPE for layer in layers)
 
 
 def _attempt(compare: Callable[[Runner], str | None], runner: Runner) -> str | None:

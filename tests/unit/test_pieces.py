@@ -12,10 +12,10 @@ from raymoe.config import EMBEDDED_MODEL
 from raymoe.engine.engine import Engine
 from raymoe.engine.request import Chunk
 from raymoe.model.kv_size import Held, KvSize, measure_kv
-from raymoe.model.pieces_proof import prove_pieces, rotates_by_length
+from raymoe.model.pieces_proof import prove_pieces
 from raymoe.model.roomy import ROOM_TOKENS, RoomyLayer, held_bytes, new_cache
 from raymoe.model.router import ProbeExperts
-from raymoe.model.rows_proof import join_rows
+from raymoe.model.rows_proof import join_rows, rotates_by_length
 from raymoe.model.runner import Runner, tensors_within
 from raymoe.model.trunk import build_trunk
 from tests.local import local_service
