@@ -1,14 +1,17 @@
 """From logits to what a client hears: tokens are chosen, become text, and go out in chunks."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from raymoe.engine.request import Chunk, TokenLogprob, Usage
-from raymoe.engine.sequence import OnChunk, Sequence
+from raymoe.engine.sequence import Sequence
 from raymoe.engine.totals import Totals
 from raymoe.types import Routing
+
+log = logging.getLogger(__name__)
 
 
 class Answers:
@@ -22,7 +25,7 @@ class Answers:
     def __init__(self, totals: Totals, on_end: Callable[[Sequence], None]) -> None:
         self._totals = totals
         self._on_end = on_end
-        self._ready: list[tuple[OnChunk, Chunk | BaseException]] | None = None
+        self._ready: list[tuple[Sequence, Chunk | BaseException]] | None = None
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -35,8 +38,8 @@ class Answers:
             yield
         finally:
             ready, self._ready = self._ready, None
-            for on_chunk, chunk in ready:
-                on_chunk(chunk)
+            for sequence, chunk in ready:
+                tell(sequence, chunk)
 
     def choose(self, sequence: Sequence, logits_TV: torch.Tensor, drafts: list[int], alpha: float = 0.0) -> int:
         """Choose and emit the token after each position, for as long as drafts hold; returns how many do."""
@@ -108,6 +111,15 @@ class Answers:
 
     def _send(self, sequence: Sequence, chunk: Chunk | BaseException) -> None:
         if self._ready is None:
-            sequence.on_chunk(chunk)
+            tell(sequence, chunk)
         else:
-            self._ready.append((sequence.on_chunk, chunk))
+            self._ready.append((sequence, chunk))
+
+
+def tell(sequence: Sequence, chunk: Chunk | BaseException) -> None:
+    """Hand a chunk to whoever asked. One who fails at that is not asked again: the next step ends the request."""
+    try:
+        sequence.on_chunk(chunk)
+    except Exception:
+        log.exception("request %d: nobody takes its answer", sequence.id)
+        sequence.cancelled = True

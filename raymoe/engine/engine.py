@@ -18,7 +18,7 @@ import torch
 
 from raymoe.config import SchedulingConfig, TrunkConfig
 from raymoe.engine.admission import Roster
-from raymoe.engine.answers import Answers
+from raymoe.engine.answers import Answers, tell
 from raymoe.engine.drafting import Drafting
 from raymoe.engine.intake import Intake
 from raymoe.engine.prefixes import Kept, start_from_copy
@@ -396,4 +396,4 @@ class Engine:
     def _end_all(self, error: BaseException) -> None:
         for sequence in (*self._roster.running, *self._roster.waiting):
             self._remove(sequence)
-            sequence.on_chunk(error)
+            tell(sequence, error)

@@ -224,9 +224,9 @@ void widen(const typename T::Storage* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i++) out[i] = T::get(x + i);
 }
 
-// Rows `from` to `to` of a matrix times several vectors: each group of four rows is read from memory once and stays in the
-// first cache for all of them. Vector i begins at x + at(i); put(i, row, value) takes the products, which are those of a
-// single vector, bit by bit.
+// Rows `from` to `to` of a matrix times several vectors: each group of four rows is read from memory once and stays in
+// the first cache for all of them. Vector i begins at x + at(i); put(i, row, value) takes the products, which are those
+// of a single vector, bit by bit.
 template <class T, class At, class Put>
 void rows_times_all(const typename T::Storage* w, const float* x, int64_t columns, int64_t from, int64_t to,
                     int64_t count, const At& at, const Put& put) {
@@ -272,9 +272,9 @@ void activate(const typename T::Storage* gate_weight, const typename T::Storage*
   }
 }
 
-// Every pair is (expert, row of x): out[p] = down(silu(gate(x)) * up(x)), gate and up stacked in one matrix. Pairs of one
-// expert that lie together share the reading of its weights. Weights are found by index in tables of pointers, so that
-// the caller builds nothing per expert.
+// Every pair is (expert, row of x): out[p] = down(silu(gate(x)) * up(x)), gate and up stacked in one matrix. Pairs of
+// one expert that lie together share the reading of its weights. Weights are found by index in tables of pointers, so
+// that the caller builds nothing per expert.
 template <class T>
 void experts(const void* const* gate_up, const void* const* down, const int32_t* index,
              const typename T::Storage* x, const int32_t* rows, typename T::Storage* out, int64_t pairs,
@@ -402,28 +402,69 @@ void projections(const void* const* weights, const typename T::Storage* x, const
   }
 }
 
-// One head's attention over cached keys and values, `k_row` and `v_row` elements apart. Scores and sums are float32, as in
-// torch's own fused attention. scratch has room for d + length + dv floats.
+// e^x for x <= 0, to about an ulp of float32 (Cephes' polynomial); 1e-38 where it would be less.
+Floats exponential(Floats x) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+  const Floats least = Floats{} - 87.0f;
+  x = x < least ? least : x;
+  const Floats shifted = x * 1.44269504f + kMagic;
+  const Floats n = shifted - kMagic;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Words power;
+  std::memcpy(&power, &shifted, sizeof power);
+  power = (power << 23) + 0x3f800000u;
+  Floats scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
+
+// In place of scores [length], with room up to a multiple of kLanes: e^(score - top). Returns their sum.
+float soften(float* scores, int64_t length, float top) {
+  const int64_t padded = (length + kLanes - 1) / kLanes * kLanes;
+  for (int64_t i = length; i < padded; i++) scores[i] = top;
+  Floats total = {};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    Floats p = exponential(F32::load(scores + i) - top);
+    if (i + kLanes > length)
+      for (int lane = int(length - i); lane < kLanes; lane++) p[lane] = 0;
+    std::memcpy(scores + i, &p, sizeof p);
+    total += p;
+  }
+  return sum(total);
+}
+
+// One head's attention over cached keys and values, `k_row` and `v_row` elements apart. Scores and sums are float32, as
+// in torch's own fused attention. scratch has room for d + length + dv + kLanes floats.
 template <class T>
 void attend(const typename T::Storage* q, const typename T::Storage* keys, const typename T::Storage* values,
             typename T::Storage* out, int64_t length, int64_t d, int64_t dv, int64_t k_row, int64_t v_row, float scale,
             float* scratch) {
   float* query = scratch;
-  float* scores = query + d;
-  float* total = scores + length;
+  float* total = query + d;
+  float* scores = total + dv;
   widen<T>(q, d, query);
+  for (int64_t i = 0; i < d; i++) query[i] *= scale;
   float top = -INFINITY;
-  for (int64_t row = 0; row < length; row++) {
-    scores[row] = dot1<T>(keys + row * k_row, query, d) * scale;
-    if (scores[row] > top) top = scores[row];
-  }
-  float weight = 0;
+  int64_t row = 0;
+  for (; row + 4 <= length; row += 4) dot4<T>(keys + row * k_row, k_row, query, d, scores + row);
+  for (; row < length; row++) scores[row] = dot1<T>(keys + row * k_row, query, d);
+  for (row = 0; row < length; row++) top = scores[row] > top ? scores[row] : top;
+  const float weight = soften(scores, length, top);
   for (int64_t i = 0; i < dv; i++) total[i] = 0;
-  for (int64_t row = 0; row < length; row++) {
-    const float p = std::exp(scores[row] - top);
-    weight += p;
-    for (int64_t i = 0; i < dv; i++) total[i] += p * T::get(values + row * v_row + i);
+  for (row = 0; row + 4 <= length; row += 4) {
+    const auto *v0 = values + row * v_row, *v1 = v0 + v_row, *v2 = v1 + v_row, *v3 = v2 + v_row;
+    const float p0 = scores[row], p1 = scores[row + 1], p2 = scores[row + 2], p3 = scores[row + 3];
+    for (int64_t i = 0; i < dv; i++)
+      total[i] += (p0 * T::get(v0 + i) + p1 * T::get(v1 + i)) + (p2 * T::get(v2 + i) + p3 * T::get(v3 + i));
   }
+  for (; row < length; row++)
+    for (int64_t i = 0; i < dv; i++) total[i] += scores[row] * T::get(values + row * v_row + i);
   for (int64_t i = 0; i < dv; i++) out[i] = T::put(total[i] / weight);
 }
 
@@ -433,7 +474,7 @@ template <class T>
 void attention(const typename T::Storage* q, const typename T::Storage* k, const typename T::Storage* v,
                typename T::Storage* out, int64_t heads, int64_t kv_heads, int64_t length, int64_t d, int64_t dv,
                const int64_t* strides, float scale, float* scratch, int threads) {
-  const int64_t group = heads / kv_heads, room = d + length + dv;
+  const int64_t group = heads / kv_heads, room = d + length + dv + kLanes;
   const int64_t k_head = strides[0], k_row = strides[1], v_head = strides[2], v_row = strides[3];
   parallel(heads, threads, [=](int64_t head) {
     attend<T>(q + head * d, k + head / group * k_head, v + head / group * v_head, out + head * dv, length, d, dv, k_row,
@@ -450,13 +491,13 @@ struct CachePlace {
 
 // Attention of tokens of any sequences, each over its own cache up to its own position. `mixed` is what `projections`
 // gave for them; their keys and values are put into the caches first, so that tokens of one sequence see each other.
-// out is [count, heads, d]; scratch has room for 2 d + longest floats for each pair of token and head.
+// out is [count, heads, d]; scratch has room for 2 d + longest + kLanes floats for each pair of token and head.
 template <class T>
 void attention_rows(const typename T::Storage* mixed, const CachePlace<T>* places, typename T::Storage* out,
                     int64_t count, int64_t heads, int64_t kv_heads, int64_t d, int64_t longest, float scale,
                     float* scratch, int threads) {
   using Storage = typename T::Storage;
-  const int64_t group = heads / kv_heads, width = (heads + 2 * kv_heads) * d, room = 2 * d + longest;
+  const int64_t group = heads / kv_heads, width = (heads + 2 * kv_heads) * d, room = 2 * d + longest + kLanes;
   for (int64_t i = 0; i < count; i++) {
     const CachePlace<T>& place = places[i];
     const Storage* keys = mixed + i * width + heads * d;
@@ -470,8 +511,8 @@ void attention_rows(const typename T::Storage* mixed, const CachePlace<T>* place
     const int64_t i = task / heads, head = task % heads;
     const CachePlace<T>& place = places[i];
     const int64_t at = head / group * place.stride;
-    attend<T>(mixed + i * width + head * d, place.keys + at, place.values + at, out + task * d, place.position + 1, d, d,
-              d, d, scale, scratch + task * room);
+    attend<T>(mixed + i * width + head * d, place.keys + at, place.values + at, out + task * d, place.position + 1, d,
+              d, d, d, scale, scratch + task * room);
   });
 }
 

@@ -30,6 +30,7 @@ COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-
 ABI = 8
 COMPILERS = ("c++", "g++", "clang++")
 THREADED_BYTES = 1 << 18  # below this many bytes of weights, read once per row, waking threads costs more than it saves
+LANES = 16  # of a vector in native.cpp: scores are padded to them
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -138,7 +139,7 @@ class NativeKernels:
             dv,
             strides,
             scale,
-            self._room(heads * (d + length + dv)),
+            self._room(heads * (d + length + dv + LANES)),
             self.threads if k.nbytes >= THREADED_BYTES else 1,
         )
 
@@ -167,7 +168,7 @@ class NativeKernels:
             d,
             longest,
             scale,
-            self._room(tokens * heads * (2 * d + longest)),
+            self._room(tokens * heads * (2 * d + longest + LANES)),
             self.threads if work >= THREADED_BYTES else 1,
         )
 

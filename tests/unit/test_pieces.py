@@ -10,7 +10,7 @@ import torch
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import EMBEDDED_MODEL
 from raymoe.engine.engine import Engine
-from raymoe.engine.request import Chunk
+from raymoe.engine.request import Chunk, SamplingParams
 from raymoe.model.kv_size import Held, KvSize, measure_kv
 from raymoe.model.pieces_proof import prove_pieces
 from raymoe.model.roomy import ROOM_TOKENS, RoomyLayer, held_bytes, new_cache
@@ -234,3 +234,16 @@ def test_a_cancelled_prompt_is_let_go_in_the_middle() -> None:
         report = engine.report()
     assert (report.running, report.kv_bytes, report.kv_set_aside_bytes) == (0, 0, 0)
     assert check_by_transformers(EMBEDDED_MODEL, [50, 60, 70], other.tokens) == []
+
+
+def test_a_listener_that_fails_ends_its_own_request_only() -> None:
+    def deaf(chunk: object) -> None:
+        raise OSError("gone")
+
+    with local_service(EMBEDDED_MODEL, policy="all_resident") as service:
+        engine = stepped(service)._engine
+        engine.submit([70, 71], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=20), deaf)
+        other = submit(service, [50, 60, 70], max_tokens=8)
+        run(engine)
+        assert engine.report().running == 0
+    assert len(other.tokens) == 8 and check_by_transformers(EMBEDDED_MODEL, [50, 60, 70], other.tokens) == []
