@@ -110,8 +110,11 @@ class TrunkConfig(StrictModel):
         description="Of kv_memory, the most for caches of finished requests, kept for prompts that begin alike; 0: "
         "none are kept. Omitted: what running requests leave free, or 64 MiB without kv_memory.",
     )
-    prefill_chunk: int = Field(
-        32, ge=1, description="Most prompt tokens that a step reads beside other requests' next tokens."
+    prefill_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="Most prompt tokens that a step reads beside other requests' next tokens. Omitted: as many as "
+        "lengthen a step by about half, as measured.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the trunk; omitted: one per core.")
     max_running: int = Field(8, ge=1, le=1024, description="Requests that decode at the same time.")

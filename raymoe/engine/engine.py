@@ -21,15 +21,17 @@ from raymoe.engine.admission import Roster
 from raymoe.engine.answers import Answers, tell
 from raymoe.engine.drafting import Drafting
 from raymoe.engine.intake import Intake
+from raymoe.engine.piece_size import PieceSize
 from raymoe.engine.prefixes import Kept, start_from_copy
 from raymoe.engine.request import SamplingParams
 from raymoe.engine.sampling import SamplingDefaults
 from raymoe.engine.scheduler_protocol import RowScheduler, Scheduler
 from raymoe.engine.sequence import EngineReport, OnChunk, RequestId, Sequence
 from raymoe.engine.text import Decoder
-from raymoe.engine.together import LONE_TOKENS, Part, StepTime, read_together
+from raymoe.engine.together import LONE_TOKENS, Part, read_together
 from raymoe.engine.totals import Totals
 from raymoe.errors import EngineStoppedError, RaymoeError, RequestError
+from raymoe.model.blocks import MOST_ROWS
 from raymoe.model.kv_size import KvSize
 from raymoe.model.runner import Runner
 from raymoe.model.trials import make_cuttable
@@ -94,6 +96,7 @@ class Engine:
         self._stopping = False
         self._failure: BaseException | None = None
         self._totals = Totals()
+        self._piece_size = PieceSize(config.prefill_chunk)
         self._answers = Answers(self._totals, self._end)
         self._control: AlphaControl | None = None
         self.reconfigure(scheduling)
@@ -240,7 +243,9 @@ class Engine:
         decoding = [sequence for sequence in running if sequence.answer and sequence.state is not None]
         parts = [self._part(sequence, 1) for sequence in decoding]
         reading = [sequence for sequence in running if not sequence.answer]
-        left = self._config.prefill_chunk if decoding else LONE_TOKENS
+        left = self._piece_size.tokens if decoding else LONE_TOKENS
+        if decoding and self._runner.mixes:
+            left = min(left, max(1, MOST_ROWS - len(decoding)))
         for sequence in reading:
             if not left or (not decoding and parts):
                 break
@@ -297,25 +302,25 @@ class Engine:
 
     def _advance_together(self, parts: list[Part], experts: RowScheduler) -> None:
         """One step of several requests. Where it fails each goes on alone, so that errors end whom they concern."""
-        timed = StepTime()
         try:
-            done = read_together(self._runner, experts, parts, timed)
+            done = read_together(self._runner, experts, parts)
         except Exception as error:
             self._lose_step(parts, error)
             return
         decoding = [part.sequence for part in parts if part.decodes]
         if decoding:
-            self._totals.decode_s += timed.decode_s
+            self._piece_size.note(sum(part.count for part in parts) - len(decoding), done.whole_s)
+            self._totals.decode_s += done.decode_s
             self._totals.steps += 1
             follower = next((sequence for sequence in decoding if sequence.alpha is None), decoding[0])
-            self._follow_budget(follower, timed.decode_s)
+            self._follow_budget(follower, done.decode_s)
         with self._answers.together():
-            for read in done:
+            for read in done.reads:
                 sequence = read.part.sequence
                 self._account(sequence, read.cost)
                 if not sequence.unread:
                     if not read.part.decodes:
-                        self._note_prompt(sequence)
+                        self._totals.prompt_read(sequence)
                     self._guarded(sequence, partial(self._answers.choose, sequence, read.logits_V.unsqueeze(0), []))
 
     def _lose_step(self, parts: list[Part], error: Exception) -> None:
@@ -338,13 +343,9 @@ class Engine:
         logits_V, sequence.state = self._runner.prefill(sequence.prompt)
         if self._drafting is not None and make_cuttable(sequence.state) is not None:
             self._drafting.end(sequence.id)
-        self._note_prompt(sequence)
+        self._totals.prompt_read(sequence)
         self._account(sequence)
         self._answers.choose(sequence, logits_V.unsqueeze(0), [])
-
-    def _note_prompt(self, sequence: Sequence) -> None:
-        self._totals.prompt += len(sequence.prompt)
-        self._totals.cached += sequence.cached
 
     def _decode(self, sequence: Sequence) -> None:
         """Read the last token, and drafts where there are any, as far as the answer may go on."""

@@ -41,25 +41,26 @@ class Read:
     cost: Routing
 
 
-@dataclass(slots=True, kw_only=True)
-class StepTime:
-    """Seconds of a step's decoding, with what was read in the same forward."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A step: what came of its parts, and the seconds of its decoding (with what the same forward read) and of all."""
 
-    decode_s: float = 0.0
+    reads: list[Read]
+    decode_s: float
+    whole_s: float
 
 
-def read_together(runner: Runner, experts: RowScheduler, parts: list[Part], timed: StepTime) -> list[Read]:
+def read_together(runner: Runner, experts: RowScheduler, parts: list[Part]) -> Done:
     """Read some tokens of each request; their caches grow. Where it fails, the caches are lost."""
     decoding = [part for part in parts if part.decodes]
     pieces = [part for part in parts if not part.decodes]
     start_s = time.perf_counter()
     mixed = runner.mixes and decoding and pieces and sum(part.count for part in parts) <= MOST_ROWS
     done = [] if not decoding else _one_forward(runner, experts, parts if mixed else decoding)
-    if decoding:
-        timed.decode_s += time.perf_counter() - start_s
+    decode_s = time.perf_counter() - start_s if decoding else 0.0
     if not mixed:
         done += [_piece(runner, experts, part) for part in pieces]
-    return done
+    return Done(reads=done, decode_s=decode_s, whole_s=time.perf_counter() - start_s)
 
 
 def _one_forward(runner: Runner, experts: RowScheduler, parts: list[Part]) -> list[Read]:

@@ -37,6 +37,11 @@ class Totals:
         self.admitted += 1
         self.queue_s += sequence.begun_s - sequence.arrival_s
 
+    def prompt_read(self, sequence: Sequence) -> None:
+        """All of a request's prompt was."""
+        self.prompt += len(sequence.prompt)
+        self.cached += sequence.cached
+
     def step(self, rows: int, tokens: int) -> None:
         """A step has read so many tokens of so many requests."""
         self._last.append((rows, tokens))

@@ -10,6 +10,7 @@ import torch
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import EMBEDDED_MODEL
 from raymoe.engine.engine import Engine
+from raymoe.engine.piece_size import FIRST_TOKENS, MOST_TOKENS, PieceSize
 from raymoe.engine.request import Chunk, SamplingParams
 from raymoe.model.kv_size import Held, KvSize, measure_kv
 from raymoe.model.pieces_proof import prove_pieces
@@ -144,6 +145,31 @@ def test_bytes_of_windows_and_states() -> None:
     assert size.at(size.tokens_within(1000)) <= 1000 < size.at(size.tokens_within(1000) + 1)
 
 
+# --- how large they are ---------------------------------------------------------------------------------------
+
+
+def test_pieces_lengthen_a_step_by_half() -> None:
+    size = PieceSize()
+    assert size.tokens == FIRST_TOKENS
+    for _ in range(40):
+        size.note(0, 0.010)
+        size.note(size.tokens, 0.010 + 0.0002 * size.tokens)
+    assert size.tokens == 25 or size.tokens == 24
+    for _ in range(40):
+        size.note(size.tokens, 0.010 + 0.001 * size.tokens)
+    assert size.tokens in (4, 5)
+    for _ in range(60):
+        size.note(size.tokens, 0.010)
+    assert size.tokens == MOST_TOKENS
+
+
+def test_pieces_of_a_fixed_size_stay_so() -> None:
+    size = PieceSize(7)
+    size.note(0, 1.0)
+    size.note(7, 100.0)
+    assert size.tokens == 7
+
+
 # --- in the engine ------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +181,7 @@ def run(engine: Engine) -> None:
 def test_a_long_prompt_lets_others_go_on() -> None:
     draw = random.Random(1)
     long = [draw.randrange(20, 2000) for _ in range(300)]
-    with local_service(EMBEDDED_MODEL, policy="all_resident") as service:
+    with local_service(EMBEDDED_MODEL, policy="all_resident", trunk={"prefill_chunk": 32}) as service:
         engine = stepped(service)._engine
         assert service.runner.mixes and service.runner.copies
         others = [submit(service, [draw.randrange(20, 2000) for _ in range(5)], max_tokens=40) for _ in range(3)]
