@@ -8,6 +8,7 @@ import pytest
 import ray
 from ray import serve
 
+from raymoe.benching import Plan, load, summary
 from raymoe.config import ClusterConfig
 from raymoe.serve.app import build_application
 from tests.soak import SERVED, Soak, check, stats_of, what_is_left
@@ -37,3 +38,14 @@ def test_good_answers_are_right_and_nothing_is_left(url: str) -> None:
     assert what_is_left(url, before) == []
     assert check(soak.tally) == []
     assert len(soak.tally.answers) >= 15 and len(soak.tally.kinds) >= 5
+
+
+def test_an_open_loop_load_is_answered(url: str) -> None:
+    """What ``raymoe bench serve`` does."""
+    plan = Plan(rate=20.0, concurrency=8, requests=12, prompt_tokens=20, max_tokens=6, seed=1)
+    outcomes, took_s = asyncio.run(load(url, plan, None, None))
+    found = summary(outcomes, took_s, ttft_s=60.0, tpot_s=60.0)
+    answered = [outcome for outcome in outcomes if outcome.error is None]
+    assert found["good"] == found["answered"] == len(answered) >= 8
+    assert all("shed by the client" in error for error in found["errors"]), found["errors"]
+    assert all(1 <= outcome.tokens <= 6 and outcome.ttft_s <= outcome.total_s for outcome in answered)
