@@ -243,9 +243,8 @@ class Engine:
         decoding = [sequence for sequence in running if sequence.answer and sequence.state is not None]
         parts = [self._part(sequence, 1) for sequence in decoding]
         reading = [sequence for sequence in running if not sequence.answer]
-        left = self._piece_size.tokens if decoding else LONE_TOKENS
-        if decoding and self._runner.mixes:
-            left = min(left, max(1, MOST_ROWS - len(decoding)))
+        most = max(1, MOST_ROWS - len(decoding)) if self._runner.mixes else LONE_TOKENS
+        left = self._piece_size.tokens(len(decoding), most) if decoding else LONE_TOKENS
         for sequence in reading:
             if not left or (not decoding and parts):
                 break
@@ -309,7 +308,7 @@ class Engine:
             return
         decoding = [part.sequence for part in parts if part.decodes]
         if decoding:
-            self._piece_size.note(sum(part.count for part in parts) - len(decoding), done.whole_s)
+            self._piece_size.note(len(decoding), sum(part.count for part in parts) - len(decoding), done.whole_s)
             self._totals.decode_s += done.decode_s
             self._totals.steps += 1
             follower = next((sequence for sequence in decoding if sequence.alpha is None), decoding[0])

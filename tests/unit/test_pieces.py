@@ -10,7 +10,7 @@ import torch
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import EMBEDDED_MODEL
 from raymoe.engine.engine import Engine
-from raymoe.engine.piece_size import FIRST_TOKENS, MOST_TOKENS, PieceSize
+from raymoe.engine.piece_size import FEWEST_TOKENS, FIRST_TOKENS, MOST_TOKENS, PieceSize
 from raymoe.engine.request import Chunk, SamplingParams
 from raymoe.model.kv_size import Held, KvSize, measure_kv
 from raymoe.model.pieces_proof import prove_pieces
@@ -150,24 +150,35 @@ def test_bytes_of_windows_and_states() -> None:
 
 def test_pieces_lengthen_a_step_by_half() -> None:
     size = PieceSize()
-    assert size.tokens == FIRST_TOKENS
+    assert size.tokens(7, 64) == FIRST_TOKENS
     for _ in range(40):
-        size.note(0, 0.010)
-        size.note(size.tokens, 0.010 + 0.0002 * size.tokens)
-    assert size.tokens == 25 or size.tokens == 24
+        size.note(7, 0, 0.010)
+        size.note(7, size.tokens(7, 64), 0.010 + 0.001 + 0.0002 * size.tokens(7, 64))
+    assert size.tokens(7, 64) in (19, 20, 21), "1 ms for beginning, and 4 ms for 20 tokens"
     for _ in range(40):
-        size.note(size.tokens, 0.010 + 0.001 * size.tokens)
-    assert size.tokens in (4, 5)
+        size.note(7, size.tokens(7, 64), 0.010 + 0.01 * size.tokens(7, 64))
+    assert size.tokens(7, 64) == FEWEST_TOKENS
     for _ in range(60):
-        size.note(size.tokens, 0.010)
-    assert size.tokens == MOST_TOKENS
+        size.note(7, size.tokens(7, 64), 0.010)
+    assert size.tokens(7, 64) == 64 and size.tokens(7, 10_000) == MOST_TOKENS
+
+
+def test_what_pieces_cost_is_not_mixed_up_with_how_many_decode() -> None:
+    size = PieceSize()
+    size.note(1, 0, 0.004)
+    size.note(8, 0, 0.010)
+    size.note(1, 10, 0.005)
+    assert size.tokens(1, 512) == 20 and size.tokens(8, 512) == 50
+    assert size.tokens(3, 512) == FIRST_TOKENS, "not measured"
+    size.note(3, 10, 1.0)
+    assert size.tokens(8, 512) == 50
 
 
 def test_pieces_of_a_fixed_size_stay_so() -> None:
-    size = PieceSize(7)
-    size.note(0, 1.0)
-    size.note(7, 100.0)
-    assert size.tokens == 7
+    size = PieceSize(700)
+    size.note(1, 0, 1.0)
+    size.note(1, 7, 100.0)
+    assert size.tokens(1, 64) == 700
 
 
 # --- in the engine ------------------------------------------------------------------------------------------------
