@@ -14,7 +14,7 @@ PORT ?= 8000
 JOBS ?= $(shell nproc)
 PROMPT ?= Elizabeth looked at Mr. Darcy and
 
-.PHONY: run test check bench lint types imports unit clean
+.PHONY: run test check bench soak lint types imports unit clean
 
 # torch first and alone: with a CPU build installed, nothing later asks for the CUDA one
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -57,8 +57,13 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.predictor --quick --json out/predictor.json
 	$(BIN)/python -m benchmarks.on_demand --quick --json out/on-demand.json
 	$(BIN)/python -m benchmarks.joint --quick --json out/joint.json
+	$(BIN)/python -m benchmarks.serve --quick --json out/serve.json
 	$(BIN)/python -m benchmarks.planning out/on-demand.json --json out/planning.json
 	$(BIN)/python -m benchmarks.simulation --quick --measured out/on-demand.json --json out/simulation.json
+
+# 500 requests of every kind over ten minutes against a real server; every good answer is checked, nothing may be left
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.soak
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

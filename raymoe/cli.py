@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymoe import measuring, plan_command, predicting, probing, recording, simulating, tracing
+from raymoe import benching, measuring, plan_command, predicting, probing, recording, simulating, tracing
 from raymoe.errors import CheckpointError, ConfigError, RaymoeError, RequestError, StartError
 from raymoe.observe import terminal
 
@@ -181,6 +181,7 @@ app.command()(probing.probe)
 app.command()(recording.record)
 app.command()(simulating.simulate)
 app.add_typer(predicting.app, name="predictor")
+app.add_typer(benching.app, name="bench")
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------

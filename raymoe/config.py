@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from raymoe.errors import ConfigError
 from raymoe.presets import SHADOW_PRESETS
-from raymoe.strict import Bytes, StrictModel, read_mapping, validated, within
+from raymoe.strict import Bytes, BytesOrNone, StrictModel, read_mapping, validated, within
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-moe"
 """The small trained checkpoint that ships with the package."""
@@ -102,7 +102,20 @@ class TrunkConfig(StrictModel):
     """Where everything but the routed experts lives."""
 
     device: str = Field("cpu", pattern=r"^(cpu|cuda:\d+)$", description='"cpu" or "cuda:N" of the engine\'s node.')
-    kv_memory: Bytes | None = Field(None, description="Most memory for KV caches of running requests.")
+    kv_memory: Bytes | None = Field(
+        None, description="Most memory for KV caches; requests that do not fit wait. Omitted: no limit."
+    )
+    prefix_memory: BytesOrNone | None = Field(
+        None,
+        description="Of kv_memory, the most for caches of finished requests, kept for prompts that begin alike; 0: "
+        "none are kept. Omitted: what running requests leave free, or 64 MiB without kv_memory.",
+    )
+    prefill_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="Most prompt tokens that a step reads beside other requests' next tokens. Omitted: as many as "
+        "lengthen a step by about half, as measured.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the trunk; omitted: one per core.")
     max_running: int = Field(8, ge=1, le=1024, description="Requests that decode at the same time.")
     max_waiting: int = Field(64, ge=0, le=100_000, description="Requests that may wait; more are refused.")

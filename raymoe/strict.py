@@ -27,6 +27,7 @@ def parse_size_bytes(value: Any) -> Any:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(gt=0)]
+BytesOrNone = Annotated[int, BeforeValidator(parse_size_bytes), Field(ge=0)]
 
 
 def within(low: float, high: float) -> AfterValidator:

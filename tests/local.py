@@ -14,13 +14,16 @@ from raymoe.types import DeviceName, ExpertKey
 
 
 @contextmanager
-def local_service(path: Path, slot_memory: int | None = None, **scheduling: Any) -> Iterator[ModelService]:
+def local_service(
+    path: Path, slot_memory: int | None = None, trunk: dict[str, Any] | None = None, **scheduling: Any
+) -> Iterator[ModelService]:
     """A float32 model on one local CPU device."""
     config = ClusterConfig.parse(
         {
             "model": {"path": str(path), "dtype": "float32"},
             "devices": [{"name": "cpu-0", "transport": "local", "slot_memory": slot_memory}],
             "scheduling": scheduling,
+            "trunk": trunk or {},
         }
     )
     checkpoint = open_checkpoint(path, "float32")

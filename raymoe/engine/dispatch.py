@@ -281,6 +281,8 @@ class Dispatcher:
                 return self._ask_one(self._names[owner_P[0]], call, hidden_TH.device, meanwhile).view(1, k, -1)
         else:
             rows_P = np.repeat(np.arange(tokens, dtype=np.int32), k)
+            if len(self._names) == 1 or (owner_P == owner_P[0]).all():
+                return self._ask_one_for_all(layer, hidden_TH, experts_P, rows_P, owner_P[0], scores_E, step, meanwhile)
         order_P = np.lexsort((experts_P, owner_P))
         bounds = np.flatnonzero(np.diff(owner_P[order_P], prepend=-1, append=-1)).tolist()
         calls = {}
@@ -377,13 +379,45 @@ class Dispatcher:
             if name in self._local:
                 self._local[name].expect(layer, experts[mine], scores[mine])
 
-    def _ask_one(
-        self, name: DeviceName, call: ExpertCall, device: torch.device, meanwhile: Callable[[], None]
+    def _ask_one_for_all(
+        self,
+        layer: int,
+        hidden_TH: torch.Tensor,
+        experts_P: np.ndarray,
+        rows_P: np.ndarray,
+        owner: int,
+        scores_E: np.ndarray | None,
+        step: StepId | None,
+        meanwhile: Callable[[], None],
     ) -> torch.Tensor:
+        """Every pair of several tokens, of one worker; pairs of one expert lie together."""
+        order_P = np.argsort(experts_P, kind="stable")
+        call = ExpertCall(
+            layer=layer,
+            hidden_RH=hidden_TH,
+            experts_P=experts_P[order_P],
+            rows_P=rows_P[order_P],
+            scores_E=scores_E,
+            step=step,
+        )
+        answered_PH = self._ask_one(self._names[owner], call, hidden_TH.device, meanwhile, order_P)
+        output_PH = torch.empty_like(answered_PH)
+        output_PH[torch.from_numpy(order_P).to(output_PH.device)] = answered_PH
+        return output_PH.view(hidden_TH.shape[0], -1, output_PH.shape[1])
+
+    def _ask_one(
+        self,
+        name: DeviceName,
+        call: ExpertCall,
+        device: torch.device,
+        meanwhile: Callable[[], None],
+        order_P: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """The answer of one worker; ``order_P`` are the places of its pairs among the layer's, where they differ."""
         worker = self._local.get(name)
         if worker is not None:
             begun = worker.begin(call)
-            self._meanwhile(meanwhile, [(worker, begun, None)])
+            self._meanwhile(meanwhile, [(worker, begun, order_P)])
             answer = worker.finish(begun)
         else:
             assert self._remote is not None, "a device is either local or remote"

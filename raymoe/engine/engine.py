@@ -1,8 +1,9 @@
 """The engine: a step loop over a set of requests.
 
 One thread owns the model and every sequence. Others submit and cancel; answers go out through a callback, in
-chunks. Each step runs one pass of all running requests, in which each makes a token; or a pass of each, where the
-architecture or the policy lets no rows join, or a shadow guesses several tokens. Then it admits waiting ones.
+chunks. Each step lets waiting requests in, then makes a token of every request that decodes, in one pass of all of
+them, and reads pieces of prompts beside. Or it runs a pass of each, where the architecture or the policy lets no rows
+join, or a shadow guesses several tokens; then prompts are read whole.
 """
 
 import itertools
@@ -10,22 +11,28 @@ import logging
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 
 from raymoe.config import SchedulingConfig, TrunkConfig
+from raymoe.engine.admission import Roster
+from raymoe.engine.answers import Answers, tell
 from raymoe.engine.drafting import Drafting
-from raymoe.engine.request import Chunk, SamplingParams, TokenLogprob, Usage
-from raymoe.engine.sampling import Sampler, SamplingDefaults
+from raymoe.engine.intake import Intake
+from raymoe.engine.piece_size import PieceSize
+from raymoe.engine.prefixes import Kept, start_from_copy
+from raymoe.engine.request import SamplingParams
+from raymoe.engine.sampling import SamplingDefaults
 from raymoe.engine.scheduler_protocol import RowScheduler, Scheduler
 from raymoe.engine.sequence import EngineReport, OnChunk, RequestId, Sequence
-from raymoe.engine.text import Decoder, TextStream
-from raymoe.errors import EngineStoppedError, OverloadedError, RaymoeError, RequestError
+from raymoe.engine.text import Decoder
+from raymoe.engine.together import LONE_TOKENS, Part, read_together
+from raymoe.engine.totals import Totals
+from raymoe.errors import EngineStoppedError, RaymoeError, RequestError
+from raymoe.model.blocks import MOST_ROWS
+from raymoe.model.kv_size import KvSize
 from raymoe.model.runner import Runner
 from raymoe.model.trials import make_cuttable
 from raymoe.placement.alpha import AlphaControl
@@ -44,6 +51,8 @@ class Engine:
         context: most tokens of prompt and answer together; None where the model names no limit.
         end_tokens: the model's ends of sequence.
         drafting: says which guesses of a shadow are read along; None: none are.
+        kv: memory of one sequence's cache; omitted: it is not counted.
+        clock: seconds, by which requests wait.
 
     Attributes:
         experts: the say on routing. Another may be put in its place while no request is under way.
@@ -63,27 +72,32 @@ class Engine:
         vocabulary: int,
         max_output_tokens: int,
         drafting: Drafting | None = None,
+        kv: KvSize | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
         self.experts = experts
         self._config = config
-        self._tokenizer = tokenizer
-        self._defaults = defaults
-        self._end_tokens = end_tokens
-        self._context = context
-        self._vocabulary = vocabulary
-        self._max_output_tokens = max_output_tokens
         self._drafting = drafting
+        self._clock = clock
+        self._intake = Intake(
+            tokenizer=tokenizer,
+            defaults=defaults,
+            end_tokens=end_tokens,
+            context=context,
+            vocabulary=vocabulary,
+            max_output_tokens=max_output_tokens,
+            kv=kv or KvSize(held=()),
+            kv_budget_bytes=config.kv_memory,
+            at_once_tokens=LONE_TOKENS if self._reads_pieces else 1 << 30,
+        )
         self._ids = itertools.count(secrets.randbelow(MOST_IDS) + 1)  # workers outlive engines: no id twice
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
-        self._wake = threading.Condition()
+        self._roster = Roster(config)
         self._stopping = False
         self._failure: BaseException | None = None
-        totals = ("finished", "failed", "prompt", "completion", "decode_s", "steps")
-        self._totals: dict[str, Any] = dict.fromkeys(totals, 0)
-        self._routing = Routing()
-        self._kv_per_token: int | None = None
+        self._totals = Totals()
+        self._piece_size = PieceSize(config.prefill_chunk)
+        self._answers = Answers(self._totals, self._end)
         self._control: AlphaControl | None = None
         self.reconfigure(scheduling)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -102,37 +116,33 @@ class Engine:
         defaults: SamplingDefaults | None = None,
     ) -> RequestId:
         """Queue a request. Raises RequestError for a bad one, OverloadedError where the queue is full."""
-        sequence = self._prepare(prompt, params, on_chunk, defaults or self._defaults)
-        with self._wake:
+        try:
+            alpha = None if params.quality is None else self._scheduling.alpha_of(params.quality)
+        except ValueError as error:
+            raise RequestError(str(error), param="quality") from error
+        request = RequestId(next(self._ids))
+        sequence = self._intake.take(request, prompt, params, on_chunk, defaults, alpha, self._clock())
+        with self._roster.changed:
             self._check_alive()
-            if len(self._waiting) >= self._config.max_waiting + max(0, self._config.max_running - len(self._running)):
-                raise OverloadedError(
-                    f"{len(self._waiting)} requests are waiting already, no more are taken; try again later"
-                )
-            self._waiting.append(sequence)
-            self._wake.notify()
+            self._roster.put(sequence)
         return sequence.id
 
     def cancel(self, request: RequestId) -> None:
         """End a request; it gets a last chunk with finish_reason "cancelled". Unknown ids are ignored."""
-        with self._wake:
-            for sequence in (*self._running, *self._waiting):
-                if sequence.id == request:
-                    sequence.cancelled = True
-            self._wake.notify()
+        self._roster.cancel(request)
 
     def stop(self) -> None:
         """Stop the loop; requests that are not finished end with EngineStoppedError."""
-        with self._wake:
+        with self._roster.changed:
             self._stopping = True
-            self._wake.notify()
+            self._roster.changed.notify()
         if self._thread.is_alive():
             self._thread.join(timeout=30)
 
     def reconfigure(self, scheduling: SchedulingConfig) -> None:
         """Schedule by other settings from the next step on; requests keep the alpha that they asked for."""
         budget_s = scheduling.tpot_budget_s if scheduling.substitutes else None
-        with self._wake:
+        with self._roster.changed:
             self._scheduling = scheduling
             self._alpha = scheduling.alpha_of(None)
             self._control = AlphaControl(tpot_budget_s=budget_s, alpha_max=scheduling.alpha_max) if budget_s else None
@@ -145,63 +155,32 @@ class Engine:
 
     def report(self) -> EngineReport:
         """Counts and totals."""
-        with self._wake:
-            running = list(self._running)
+        roster, totals = self._roster, self._totals
+        with roster.changed:
+            running = list(roster.running)
+            batch_rows, batch_tokens = totals.batch()
             return EngineReport(
                 running=len(running),
-                waiting=len(self._waiting),
-                finished=self._totals["finished"],
-                failed=self._totals["failed"],
-                prompt_tokens=self._totals["prompt"],
-                completion_tokens=self._totals["completion"],
-                kv_bytes=self._kv_bytes(running),
+                waiting=len(roster.waiting),
+                finished=totals.finished,
+                failed=totals.failed,
+                prompt_tokens=totals.prompt,
+                completion_tokens=totals.completion,
+                kv_bytes=sum(Runner.held_bytes(state) for each in running if (state := each.state) is not None),
                 kv_budget_bytes=self._config.kv_memory,
-                routing=self._routing,
-                decode_s=self._totals["decode_s"],
-                steps=self._totals["steps"],
+                routing=totals.routing,
+                decode_s=totals.decode_s,
+                steps=totals.steps,
                 alpha=self._alpha,
+                kv_set_aside_bytes=roster.ledger.set_aside_bytes,
+                prefix_bytes=roster.prefixes.nbytes,
+                prefixes=len(roster.prefixes),
+                cached_tokens=totals.cached,
+                admitted=totals.admitted,
+                queue_s=totals.queue_s,
+                batch_rows=batch_rows,
+                batch_tokens=batch_tokens,
             )
-
-    def _prepare(
-        self, prompt: list[int], params: SamplingParams, on_chunk: OnChunk, defaults: SamplingDefaults
-    ) -> Sequence:
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        bad = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
-        if bad is not None:
-            raise RequestError(
-                f"token id {bad} is outside of the vocabulary (0 to {self._vocabulary - 1})", param="prompt"
-            )
-        room = self._max_output_tokens
-        if self._context is not None:
-            room = min(room, self._context - len(prompt))
-            if room < 1:
-                raise RequestError(
-                    f"the prompt has {len(prompt)} tokens; with at least one to answer, the model's context of "
-                    f"{self._context} tokens is exceeded: shorten it",
-                    param="prompt",
-                )
-        wanted = params.max_tokens
-        if wanted is not None and not 1 <= wanted <= room:
-            limit = (
-                f"the prompt of {len(prompt)} tokens leaves room for {room}" if wanted > 0 else "allowed is 1 or more"
-            )
-            raise RequestError(f"max_tokens is {wanted}; {limit}", param="max_tokens")
-        try:
-            alpha = None if params.quality is None else self._scheduling.alpha_of(params.quality)
-        except ValueError as error:
-            raise RequestError(str(error), param="quality") from error
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_tokens)
-        return Sequence(
-            id=RequestId(next(self._ids)),
-            prompt=list(prompt),
-            max_tokens=wanted if wanted is not None else room,
-            end_tokens=ends,
-            sampler=Sampler(params, defaults),
-            text=TextStream(self._tokenizer, params.stop),
-            on_chunk=on_chunk,
-            alpha=alpha,
-        )
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -217,59 +196,96 @@ class Engine:
         try:
             while not self._stopping:
                 if not self.step():
-                    with self._wake:
-                        self._wake.wait_for(lambda: self._stopping or self._waiting, timeout=IDLE_WAIT_S)
+                    with self._roster.changed:
+                        self._roster.changed.wait_for(
+                            lambda: self._stopping or len(self._roster.waiting), timeout=IDLE_WAIT_S
+                        )
         except BaseException as error:
             log.exception("the engine's loop failed")
             self._failure = error
         self._end_all(EngineStoppedError(f"the engine stopped: {self._failure or 'shut down'}"))
 
     def step(self) -> bool:
-        """One token of every running request at least, then of waiting ones. Returns whether there was work."""
-        self._drop_cancelled()
-        running, experts = list(self._running), self.experts
-        joins = len(running) > 1 and self._runner.joins and self._drafting is None
-        if joins and isinstance(experts, RowScheduler):
-            self._advance_together(running, experts)
+        """One token of every request that decodes at least, and some of the prompts. Returns whether there was work."""
+        for sequence in self._roster.cancelled():
+            self._answers.finish(sequence, "cancelled", sequence.text.finish())
+        for sequence in self._roster.admit(self._clock()):
+            self._totals.admit(sequence)
+        running, experts = list(self._roster.running), self.experts
+        if self._reads_pieces and isinstance(experts, RowScheduler):
+            self._step_together(running, experts)
         else:
-            for sequence in running:
+            self._step_in_turns(running)
+        return bool(self._roster.running or len(self._roster.waiting))
+
+    @property
+    def _reads_pieces(self) -> bool:
+        """Whether prompts may be read piece by piece, and from copies."""
+        return self._drafting is None and isinstance(self.experts, RowScheduler) and self._runner.reads_on
+
+    def _step_in_turns(self, running: list[Sequence]) -> None:
+        """A pass of each; those that decode in one, where that is possible."""
+        decoding = [sequence for sequence in running if sequence.state is not None]
+        experts, joins = self.experts, len(decoding) > 1 and self._drafting is None and self._runner.joins
+        if running:
+            self._totals.step(len(running), len(running))
+        if joins and isinstance(experts, RowScheduler):
+            self._advance_together([self._part(sequence, 1) for sequence in decoding], experts)
+            running = [sequence for sequence in running if sequence not in decoding]
+        for sequence in running:
+            self._advance(sequence)
+
+    def _step_together(self, running: list[Sequence], experts: RowScheduler) -> None:
+        """A token of each that decodes, and pieces of prompts."""
+        for sequence in running:
+            if sequence.answer and sequence.state is None:  # its cache was lost in a step that failed
                 self._advance(sequence)
-        while (admitted := self._next_admitted()) is not None:
-            self._advance(admitted)
-        return bool(self._running or self._waiting)
+        decoding = [sequence for sequence in running if sequence.answer and sequence.state is not None]
+        parts = [self._part(sequence, 1) for sequence in decoding]
+        reading = [sequence for sequence in running if not sequence.answer]
+        most = max(1, MOST_ROWS - len(decoding)) if self._runner.mixes else LONE_TOKENS
+        left = self._piece_size.tokens(len(decoding), most) if decoding else LONE_TOKENS
+        for sequence in reading:
+            if not left or (not decoding and parts):
+                break
+            if self._guarded(sequence, partial(self._begin, sequence)):
+                parts.append(self._part(sequence, min(left, sequence.unread)))
+                left -= parts[-1].count
+        if parts:
+            self._totals.step(len(parts), sum(part.count for part in parts))
+            self._advance_together(parts, experts)
 
-    def _next_admitted(self) -> Sequence | None:
-        with self._wake:
-            if not self._waiting or len(self._running) >= self._config.max_running:
-                return None
-            if self._running and not self._kv_fits(self._waiting[0]):
-                return None
-            sequence = self._waiting.popleft()
-            self._running.append(sequence)
-            return sequence
+    def _part(self, sequence: Sequence, count: int) -> Part:
+        return Part(sequence=sequence, count=count, alpha=self._alpha_of(sequence))
 
-    def _kv_fits(self, sequence: Sequence) -> bool:
-        """Whether the caches of all running requests and this one, grown to the full, stay in the budget."""
-        if self._config.kv_memory is None or self._kv_per_token is None:
-            return True
-        tokens = sum(len(other.prompt) + other.max_tokens for other in (*self._running, sequence))
-        return tokens * self._kv_per_token <= self._config.kv_memory
+    def _begin(self, sequence: Sequence) -> None:
+        """Before the first piece of a prompt."""
+        if sequence.state is not None:
+            return
+        self.experts.begin(sequence.id, sequence.prompt, sequence.sampler.recipe)
+        if self._runner.copies:
+            store = self._roster.prefixes
+            start_from_copy(self._runner, store, sequence, self._alpha_of(sequence), self._roster.running)
 
     def _advance(self, sequence: Sequence) -> None:
         """One pass of a request, and the tokens that it makes."""
         self.experts.alpha = self._alpha_of(sequence)
         self._guarded(sequence, partial(self._pass, sequence))
 
-    def _guarded(self, sequence: Sequence, work: Callable[[], object]) -> None:
-        """Do something for a request; an error ends this request only."""
+    def _guarded(self, sequence: Sequence, work: Callable[[], object]) -> bool:
+        """Do something for a request, and return whether it went well; an error ends this request only."""
         try:
             work()
         except Exception as error:  # one request's failure must not take the others down
             log.exception("request %d failed", sequence.id)
-            self._totals["failed"] += 1
-            self._remove(sequence)
-            self.experts.take_cost()
-            sequence.on_chunk(error)
+            self._fail(sequence, error)
+            return False
+        return True
+
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        self._remove(sequence)
+        self.experts.take_cost()
+        self._answers.fail(sequence, error)
 
     def _pass(self, sequence: Sequence) -> None:
         if sequence.state is not None:
@@ -283,42 +299,41 @@ class Engine:
     def _alpha_of(self, sequence: Sequence) -> float:
         return self._alpha if sequence.alpha is None else sequence.alpha
 
-    def _advance_together(self, sequences: list[Sequence], experts: RowScheduler) -> None:
-        """One pass of several requests. Where it fails each goes on alone, so that errors end whom they concern."""
+    def _advance_together(self, parts: list[Part], experts: RowScheduler) -> None:
+        """One step of several requests. Where it fails each goes on alone, so that errors end whom they concern."""
         try:
-            logits_BV, costs = self._decode_together(sequences, experts)
+            done = read_together(self._runner, experts, parts)
         except Exception as error:
-            log.exception("a step of %d requests failed; each is run alone", len(sequences))
-            if not isinstance(error, RaymoeError):  # not a worker's or a request's fault: it would fail again
-                self._runner.joins = False
-                log.warning("requests have steps of their own from now on")
-            self.experts.take_cost()
-            for sequence in sequences:
-                sequence.state = None
-                self._advance(sequence)
+            self._lose_step(parts, error)
             return
-        for sequence, logits_V, cost in zip(sequences, logits_BV, costs, strict=True):
-            self._account(sequence, cost)
-            self._guarded(sequence, partial(self._choose, sequence, logits_V.unsqueeze(0), []))
+        decoding = [part.sequence for part in parts if part.decodes]
+        if decoding:
+            self._piece_size.note(len(decoding), sum(part.count for part in parts) - len(decoding), done.whole_s)
+            self._totals.decode_s += done.decode_s
+            self._totals.steps += 1
+            follower = next((sequence for sequence in decoding if sequence.alpha is None), decoding[0])
+            self._follow_budget(follower, done.decode_s)
+        with self._answers.together():
+            for read in done.reads:
+                sequence = read.part.sequence
+                self._account(sequence, read.cost)
+                if not sequence.unread:
+                    if not read.part.decodes:
+                        self._totals.prompt_read(sequence)
+                    self._guarded(sequence, partial(self._answers.choose, sequence, read.logits_V.unsqueeze(0), []))
 
-    def _decode_together(self, sequences: list[Sequence], experts: RowScheduler) -> tuple[torch.Tensor, list[Routing]]:
-        """Read the last token of each; returns the logits after them, and what each cost."""
-        start_s = time.perf_counter()
-        alphas = [self._alpha_of(sequence) for sequence in sequences]
-        experts.alpha = alphas[0] if len(set(alphas)) == 1 else np.array(alphas)
-        states, lasts = [], []
-        for sequence in sequences:
-            assert sequence.state is not None
-            experts.read(sequence.id, sequence.answer[-1], sequence.state)
-            states.append(sequence.state)
-            lasts.append(sequence.answer[-1])
-        logits_BV = self._runner.decode_together(states, lasts)
-        took_s = time.perf_counter() - start_s
-        self._totals["decode_s"] += took_s
-        self._totals["steps"] += 1
-        follower = next((sequence for sequence in sequences if sequence.alpha is None), sequences[0])
-        self._follow_budget(follower, took_s)
-        return logits_BV, experts.take_costs(len(sequences))
+    def _lose_step(self, parts: list[Part], error: Exception) -> None:
+        log.exception("a step of %d requests failed", len(parts))
+        if len(parts) == 1:
+            self._fail(parts[0].sequence, error)
+            return
+        if not isinstance(error, RaymoeError):  # not a worker's or a request's fault: it would again
+            self._runner.joins = self._runner.mixes = False
+            log.warning("requests have steps of their own from now on")
+        self.experts.take_cost()
+        for part in parts:
+            part.sequence.state, part.sequence.cached = None, 0
+            self._advance(part.sequence)
 
     def _read_prompt(self, sequence: Sequence) -> None:
         if self._drafting is not None:
@@ -327,10 +342,9 @@ class Engine:
         logits_V, sequence.state = self._runner.prefill(sequence.prompt)
         if self._drafting is not None and make_cuttable(sequence.state) is not None:
             self._drafting.end(sequence.id)
-        self._totals["prompt"] += len(sequence.prompt)
-        self._check_kv(sequence)
+        self._totals.prompt_read(sequence)
         self._account(sequence)
-        self._choose(sequence, logits_V.unsqueeze(0), [])
+        self._answers.choose(sequence, logits_V.unsqueeze(0), [])
 
     def _decode(self, sequence: Sequence) -> None:
         """Read the last token, and drafts where there are any, as far as the answer may go on."""
@@ -342,116 +356,44 @@ class Engine:
         trial = None if drafts is None else self._runner.read(state, [last, *drafts])
         logits_TV = self._runner.decode(state, last).unsqueeze(0) if trial is None else trial.logits_TV
         took_s = time.perf_counter() - start_s
-        self._totals["decode_s"] += took_s
-        self._totals["steps"] += 1
-        self._follow_budget(sequence, took_s * len(self._running))
+        self._totals.decode_s += took_s
+        self._totals.steps += 1
+        self._follow_budget(sequence, took_s * len(self._roster.running))
         cost = self._account(sequence)
-        held = self._choose(sequence, logits_TV, drafts or [])
+        held = self._answers.choose(sequence, logits_TV, drafts or [])
         if self._drafting is not None and trial is not None and sequence.state is not None:
             self._runner.keep(state, trial, 1 + held)
             self._drafting.note(sequence.id, drafts or [], held, took_s, cost.loads)
 
-    def _choose(self, sequence: Sequence, logits_TV: torch.Tensor, drafts: list[int]) -> int:
-        """Choose and emit the token after each position, for as long as drafts hold; returns how many do."""
-        if drafts:
-            self._account(sequence, Routing(drafted=len(drafts)))
-        for place, logits_V in enumerate(logits_TV):
-            token, logprob = sequence.sampler.choose(logits_V, sequence.prompt, sequence.answer)
-            holds = drafts[place : place + 1] == [token]
-            if holds:  # counted before it is told, for it may be the last
-                self._account(sequence, Routing(accepted=1))
-            self._totals["completion"] += 1
-            self._emit(sequence, token, logprob)
-            if not holds or sequence.state is None or sequence.cancelled:
-                return place
-        raise AssertionError("nothing was guessed for the last position")
-
     def _account(self, sequence: Sequence, cost: Routing | None = None) -> Routing:
         """Something cost a request this; None: what expert calls cost since the last time."""
         cost = self.experts.take_cost() if cost is None else cost
-        sequence.routing += cost
-        self._routing += cost
+        self._answers.account(sequence, cost, self._alpha_of(sequence))
         return cost
 
     def _follow_budget(self, sequence: Sequence, tpot_s: float) -> None:
         """Let alpha follow the budget; requests with an alpha of their own tell nothing about it."""
         if sequence.alpha is not None:
             return
-        with self._wake:
+        with self._roster.changed:
             if self._control is not None:
                 self._alpha = self._control.update(self._alpha, tpot_s)
 
-    def _check_kv(self, sequence: Sequence) -> None:
-        assert sequence.state is not None
-        used = Runner.cache_bytes(sequence.state)
-        self._kv_per_token = max(self._kv_per_token or 0, -(-used // len(sequence.prompt)))
-        budget = self._config.kv_memory
-        needed = self._kv_per_token * (len(sequence.prompt) + sequence.max_tokens)
-        if budget is not None and needed > budget:
-            raise RequestError(
-                f"{len(sequence.prompt)} prompt and {sequence.max_tokens} new tokens need {needed:,} bytes of cache, "
-                f"kv_memory is {budget:,}: ask for fewer tokens or raise trunk.kv_memory",
-                param="max_tokens",
-            )
-
-    def _emit(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
-        sequence.answer.append(token)
-        ended = token in sequence.end_tokens
-        text = "" if ended else sequence.text.push(token)
-        reason = None
-        if ended or sequence.text.stopped:
-            reason = "stop"
-        elif len(sequence.answer) >= sequence.max_tokens:
-            reason = "length"
-        if reason is not None:
-            self._finish(sequence, reason, text + sequence.text.finish(), (token,), logprob)
-        else:
-            sequence.on_chunk(Chunk(text=text, token_ids=(token,), logprobs=(logprob,) if logprob else ()))
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: str,
-        text: str,
-        tokens: tuple[int, ...],
-        logprob: TokenLogprob | None = None,
-    ) -> None:
+    def _end(self, sequence: Sequence) -> None:
+        """A request is answered, or cancelled: its cache may serve prompts that begin as it did."""
+        if sequence.state is not None and self._reads_pieces and self._runner.copies:
+            self._roster.keep(Kept.of(sequence), sequence)
         self._remove(sequence)
         self._account(sequence)  # some of it is known only now that the sequence has ended
-        self._totals["finished"] += 1
-        sequence.on_chunk(
-            Chunk(
-                text=text,
-                token_ids=tokens,
-                logprobs=(logprob,) if logprob else (),
-                finish_reason=reason,
-                usage=Usage(prompt_tokens=len(sequence.prompt), completion_tokens=len(sequence.answer)),
-                routing=sequence.routing,
-            )
-        )
-
-    def _drop_cancelled(self) -> None:
-        with self._wake:
-            cancelled = [sequence for sequence in (*self._running, *self._waiting) if sequence.cancelled]
-        for sequence in cancelled:
-            self._finish(sequence, "cancelled", sequence.text.finish(), ())
 
     def _remove(self, sequence: Sequence) -> None:
-        with self._wake:
-            if sequence in self._running:
-                self._running.remove(sequence)
-            if sequence in self._waiting:
-                self._waiting.remove(sequence)
+        self._roster.remove(sequence)
         if self._drafting is not None:
             self._drafting.end(sequence.id)
         self.experts.end(sequence.id)
         sequence.state = None
 
     def _end_all(self, error: BaseException) -> None:
-        for sequence in (*self._running, *self._waiting):
+        for sequence in (*self._roster.running, *self._roster.waiting):
             self._remove(sequence)
-            sequence.on_chunk(error)
-
-    @staticmethod
-    def _kv_bytes(sequences: list[Sequence]) -> int:
-        return sum(Runner.cache_bytes(sequence.state) for sequence in sequences if sequence.state is not None)
+            tell(sequence, error)

@@ -44,6 +44,8 @@ from raymoe.model.emulation import Emulation
 from raymoe.model.emulation_proof import attach_emulation
 from raymoe.model.fast import use_native_kernels
 from raymoe.model.gpu_blocks import use_gpu_kernels
+from raymoe.model.kv_size import measure_kv
+from raymoe.model.pieces_proof import prove_pieces
 from raymoe.model.rows_proof import join_rows
 from raymoe.model.runner import Runner
 from raymoe.model.sites import MoeSite, attach_sites
@@ -114,6 +116,9 @@ class ModelService:
         self.runner = Runner(model, single_threaded_decode=native)
         if config.trunk.max_running > 1 and isinstance(experts, RowScheduler):
             self._join_rows()
+        if isinstance(experts, RowScheduler):
+            self._prove_pieces()
+        kv = measure_kv(self.runner)
         sites = self._attach_forecasts(model)
         self._captured: CapturedDecode | None = None
         if gpu_kernels is not None and isinstance(experts, ExpertScheduler):
@@ -138,6 +143,7 @@ class ModelService:
             vocabulary=text_config.vocab_size,
             max_output_tokens=config.serving.max_output_tokens,
             drafting=drafting,
+            kv=kv,
         )
         self._engine.start()
 
@@ -172,6 +178,13 @@ class ModelService:
         reason = join_rows(self.runner)
         if reason is not None:
             log.warning("requests decode one after the other, not as rows of one forward: %s", reason)
+
+    def _prove_pieces(self) -> None:
+        reasons = prove_pieces(self.runner)
+        if "pieces" in reasons:
+            log.warning("prompts are read whole, and from their beginning: %s", reasons["pieces"])
+        elif "copies" in reasons:
+            log.info("no caches are kept for prompts that begin alike: %s", reasons["copies"])
 
     def _attach_forecasts(self, model: PreTrainedModel) -> list[MoeSite] | None:
         """Give the scheduler the forecasts that this process makes, if it has a use for them. Returns their sites."""

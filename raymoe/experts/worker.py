@@ -372,7 +372,7 @@ class ExpertWorker:
             bay.release(step, [slot])
 
     def staging(self) -> Staging | None:
-        """For calls of one row that are computed elsewhere, from this worker's slots; None where it has none to cache."""
+        """For calls of one row that are computed elsewhere, from this worker's slots; None where it keeps nothing."""
         shelves = [bay for bay in self._bays if isinstance(bay, Shelf)]
         if self._loader is None or len(shelves) < len(self._bays):
             return None

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -223,8 +224,23 @@ void widen(const typename T::Storage* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i++) out[i] = T::get(x + i);
 }
 
-// x is [count, columns], out [count, rows]. Each group of four rows of weights is read from memory once and stays in the
-// first cache for all of x; the sums are those of a single row of x, bit by bit.
+// Rows `from` to `to` of a matrix times several vectors: each group of four rows is read from memory once and stays in
+// the first cache for all of them. Vector i begins at x + at(i); put(i, row, value) takes the products, which are those
+// of a single vector, bit by bit.
+template <class T, class At, class Put>
+void rows_times_all(const typename T::Storage* w, const float* x, int64_t columns, int64_t from, int64_t to,
+                    int64_t count, const At& at, const Put& put) {
+  for (int64_t row = from; row < to; row += 4) {
+    const int64_t end = row + 4 < to ? row + 4 : to;
+    for (int64_t i = 0; i < count; i++) {
+      float result[4];
+      rows_times<T>(w, x + at(i), columns, row, end, result);
+      for (int64_t r = row; r < end; r++) put(i, r, result[r - row]);
+    }
+  }
+}
+
+// x is [count, columns], out [count, rows]; the sums are those of a single row of x, bit by bit.
 template <class T>
 void linear(const typename T::Storage* w, const typename T::Storage* bias, const typename T::Storage* x,
             typename T::Storage* out, int64_t rows, int64_t columns, int64_t count, float* wide, int threads) {
@@ -232,78 +248,85 @@ void linear(const typename T::Storage* w, const typename T::Storage* bias, const
   const int64_t blocks = (rows + kBlock - 1) / kBlock;
   parallel(blocks, threads, [=](int64_t block) {
     const int64_t last = (block + 1) * kBlock < rows ? (block + 1) * kBlock : rows;
-    for (int64_t from = block * kBlock; from < last; from += 4) {
-      const int64_t to = from + 4 < last ? from + 4 : last;
-      for (int64_t i = 0; i < count; i++) {
-        float result[4];
-        rows_times<T>(w, wide + i * columns, columns, from, to, result);
-        for (int64_t row = from; row < to; row++) {
-          float v = result[row - from];
-          if (bias) v += T::get(bias + row);
-          out[i * rows + row] = T::put(v);
-        }
-      }
-    }
+    rows_times_all<T>(
+        w, wide, columns, block * kBlock, last, count, [=](int64_t i) { return i * columns; },
+        [=](int64_t i, int64_t row, float v) { out[i * rows + row] = T::put(bias ? v + T::get(bias + row) : v); });
   });
 }
 
-// activated[0 .. to-from) = silu(gate(x)) * up(x), rows `from` to `to` of both matrices.
-template <class T>
-void activate(const typename T::Storage* gate_weight, const typename T::Storage* up_weight, const float* input,
-              int64_t hidden, int64_t from, int64_t to, float* activated) {
-  float gate[kBlock], up[kBlock];
-  rows_times<T>(gate_weight, input, hidden, from, to, gate);
-  rows_times<T>(up_weight, input, hidden, from, to, up);
-  for (int64_t i = 0; i < to - from; i++) {
-    const float g = rounded<T>(gate[i]), u = rounded<T>(up[i]);
-    activated[i] = rounded<T>(rounded<T>(g / (1.0f + std::exp(-g))) * u);
+// silu(gate(x)) * up(x), rows `from` to `to` of both matrices, for several x.
+template <class T, class At, class Put>
+void activate(const typename T::Storage* gate_weight, const typename T::Storage* up_weight, const float* x,
+              int64_t hidden, int64_t from, int64_t to, int64_t count, const At& at, const Put& put) {
+  for (int64_t row = from; row < to; row += 4) {
+    const int64_t end = row + 4 < to ? row + 4 : to;
+    for (int64_t i = 0; i < count; i++) {
+      float gate[4], up[4];
+      rows_times<T>(gate_weight, x + at(i), hidden, row, end, gate);
+      rows_times<T>(up_weight, x + at(i), hidden, row, end, up);
+      for (int64_t r = row; r < end; r++) {
+        const float g = rounded<T>(gate[r - row]), u = rounded<T>(up[r - row]);
+        put(i, r, rounded<T>(rounded<T>(g / (1.0f + std::exp(-g))) * u));
+      }
+    }
   }
 }
 
-// Every pair is (expert, row of x): out[p] = down(silu(gate(x)) * up(x)), gate and up stacked in one matrix.
-// Weights are found by index in tables of pointers, so that the caller builds nothing per expert.
+// Every pair is (expert, row of x): out[p] = down(silu(gate(x)) * up(x)), gate and up stacked in one matrix. Pairs of
+// one expert that lie together share the reading of its weights. Weights are found by index in tables of pointers, so
+// that the caller builds nothing per expert.
 template <class T>
 void experts(const void* const* gate_up, const void* const* down, const int32_t* index,
              const typename T::Storage* x, const int32_t* rows, typename T::Storage* out, int64_t pairs,
              int64_t n_rows, int64_t hidden, int64_t inner, float* scratch, int threads) {
+  using Storage = typename T::Storage;
   float* wide = scratch;                        // [n_rows, hidden]
   float* activated = scratch + n_rows * hidden;  // [pairs, inner]
   widen<T>(x, n_rows * hidden, wide);
+  std::vector<int64_t> starts;
+  for (int64_t pair = 0; pair < pairs; pair++)
+    if (pair == 0 || index[pair] != index[pair - 1]) starts.push_back(pair);
+  const int64_t runs = int64_t(starts.size());
+  starts.push_back(pairs);
+  const int64_t* start = starts.data();
   const int64_t up_blocks = (inner + kBlock - 1) / kBlock, down_blocks = (hidden + kBlock - 1) / kBlock;
-  parallel(pairs * up_blocks, threads, [=](int64_t task) {
-      const int64_t pair = task / up_blocks, from = task % up_blocks * kBlock;
-      const int64_t to = from + kBlock < inner ? from + kBlock : inner;
-      const auto* w = static_cast<const typename T::Storage*>(gate_up[index[pair]]);
-      const float* input = wide + rows[pair] * hidden;
-      activate<T>(w, w + inner * hidden, input, hidden, from, to, activated + pair * inner + from);
+  parallel(runs * up_blocks, threads, [=](int64_t task) {
+    const int64_t first = start[task / up_blocks], count = start[task / up_blocks + 1] - first;
+    const int64_t from = task % up_blocks * kBlock, to = from + kBlock < inner ? from + kBlock : inner;
+    const auto* w = static_cast<const Storage*>(gate_up[index[first]]);
+    activate<T>(
+        w, w + inner * hidden, wide, hidden, from, to, count, [=](int64_t i) { return rows[first + i] * hidden; },
+        [=](int64_t i, int64_t row, float v) { activated[(first + i) * inner + row] = v; });
   });
-  parallel(pairs * down_blocks, threads, [=](int64_t task) {
-      const int64_t pair = task / down_blocks, from = task % down_blocks * kBlock;
-      const int64_t to = from + kBlock < hidden ? from + kBlock : hidden;
-      float result[kBlock];
-      rows_times<T>(static_cast<const typename T::Storage*>(down[index[pair]]), activated + pair * inner, inner, from, to,
-                    result);
-      for (int64_t row = from; row < to; row++) out[pair * hidden + row] = T::put(result[row - from]);
+  parallel(runs * down_blocks, threads, [=](int64_t task) {
+    const int64_t first = start[task / down_blocks], count = start[task / down_blocks + 1] - first;
+    const int64_t from = task % down_blocks * kBlock, to = from + kBlock < hidden ? from + kBlock : hidden;
+    rows_times_all<T>(
+        static_cast<const Storage*>(down[index[first]]), activated + first * inner, inner, from, to, count,
+        [=](int64_t i) { return i * inner; },
+        [=](int64_t i, int64_t row, float v) { out[(first + i) * hidden + row] = T::put(v); });
   });
 }
 
-// A gated MLP of one row, its three matrices apart: out = down(silu(gate(x)) * up(x)).
+// A gated MLP of some rows, its three matrices apart: out = down(silu(gate(x)) * up(x)).
 template <class T>
 void gated(const typename T::Storage* gate, const typename T::Storage* up, const typename T::Storage* down,
-           const typename T::Storage* x, typename T::Storage* out, int64_t hidden, int64_t inner, float* scratch,
-           int threads) {
-  float* wide = scratch;                // [hidden]
-  float* activated = scratch + hidden;  // [inner]
-  widen<T>(x, hidden, wide);
+           const typename T::Storage* x, typename T::Storage* out, int64_t hidden, int64_t inner, int64_t count,
+           float* scratch, int threads) {
+  float* wide = scratch;                        // [count, hidden]
+  float* activated = scratch + count * hidden;  // [count, inner]
+  widen<T>(x, count * hidden, wide);
   parallel((inner + kBlock - 1) / kBlock, threads, [=](int64_t block) {
     const int64_t from = block * kBlock, to = from + kBlock < inner ? from + kBlock : inner;
-    activate<T>(gate, up, wide, hidden, from, to, activated + from);
+    activate<T>(
+        gate, up, wide, hidden, from, to, count, [=](int64_t i) { return i * hidden; },
+        [=](int64_t i, int64_t row, float v) { activated[i * inner + row] = v; });
   });
   parallel((hidden + kBlock - 1) / kBlock, threads, [=](int64_t block) {
     const int64_t from = block * kBlock, to = from + kBlock < hidden ? from + kBlock : hidden;
-    float result[kBlock];
-    rows_times<T>(down, activated, inner, from, to, result);
-    for (int64_t row = from; row < to; row++) out[row] = T::put(result[row - from]);
+    rows_times_all<T>(
+        down, activated, inner, from, to, count, [=](int64_t i) { return i * inner; },
+        [=](int64_t i, int64_t row, float v) { out[i * hidden + row] = T::put(v); });
   });
 }
 
@@ -329,62 +352,167 @@ void rms_norm(const typename T::Storage* x, const float* weight, typename T::Sto
   }
 }
 
-// Queries, keys and values of one token, one after the other in `out` [heads + 2 kv_heads, d]; queries and keys are
-// normalised head by head where there is a weight for that, and rotated to its position, halves against each other.
+// Turns a head to its position, halves against each other.
+template <class T>
+void rotate(typename T::Storage* head, const typename T::Storage* cosines, const typename T::Storage* sines,
+            int64_t d) {
+  const int64_t half = d / 2;
+  for (int64_t i = 0; i < half; i++) {
+    const float a = T::get(head + i), b = T::get(head + half + i);
+    const float low = rounded<T>(a * T::get(cosines + i)) + rounded<T>(-b * T::get(sines + i));
+    const float high = rounded<T>(b * T::get(cosines + half + i)) + rounded<T>(a * T::get(sines + half + i));
+    head[i] = T::put(low), head[half + i] = T::put(high);
+  }
+}
+
+// Queries, keys and values of some tokens, one after the other in each row of `out` [count, heads + 2 kv_heads, d];
+// queries and keys are normalised head by head where there is a weight for that, and rotated to their positions.
 // `weights` are the three matrices, each with its bias, and the weights of the two norms; null is what there is not.
 template <class T>
 void projections(const void* const* weights, const typename T::Storage* x, const typename T::Storage* cosines,
                  const typename T::Storage* sines, typename T::Storage* out, int64_t heads, int64_t kv_heads, int64_t d,
-                 int64_t hidden, const float* epsilons, int early, float* wide, int threads) {
+                 int64_t hidden, int64_t count, const float* epsilons, int early, float* wide, int threads) {
   using Storage = typename T::Storage;
-  Storage* place = out;
-  for (int part = 0; part < 3; part++) {
-    const int64_t count = part == 0 ? heads : kv_heads;
-    linear<T>(static_cast<const Storage*>(weights[2 * part]), static_cast<const Storage*>(weights[2 * part + 1]), x,
-              place, count * d, hidden, 1, wide, threads);
-    const float* norm = part < 2 ? static_cast<const float*>(weights[6 + part]) : nullptr;
-    if (norm) rms_norm<T>(place, norm, place, count, d, epsilons[part], early);
-    place += count * d;
-  }
-  const int64_t half = d / 2;
-  for (Storage* head = out; head < out + (heads + kv_heads) * d; head += d) {
-    for (int64_t i = 0; i < half; i++) {
-      const float a = T::get(head + i), b = T::get(head + half + i);
-      const float low = rounded<T>(a * T::get(cosines + i)) + rounded<T>(-b * T::get(sines + i));
-      const float high = rounded<T>(b * T::get(cosines + half + i)) + rounded<T>(a * T::get(sines + half + i));
-      head[i] = T::put(low), head[half + i] = T::put(high);
+  widen<T>(x, count * hidden, wide);
+  const int64_t places[] = {0, heads * d, (heads + kv_heads) * d, (heads + 2 * kv_heads) * d};
+  const int64_t q_blocks = (places[1] + kBlock - 1) / kBlock, kv_blocks = (kv_heads * d + kBlock - 1) / kBlock;
+  parallel(q_blocks + 2 * kv_blocks, threads, [=](int64_t task) {
+    const int part = task < q_blocks ? 0 : task < q_blocks + kv_blocks ? 1 : 2;
+    const int64_t block = part == 0 ? task : (task - q_blocks) % kv_blocks;
+    const int64_t rows = places[part + 1] - places[part];
+    const int64_t from = block * kBlock, to = from + kBlock < rows ? from + kBlock : rows;
+    const auto* bias = static_cast<const Storage*>(weights[2 * part + 1]);
+    Storage* target = out + places[part];
+    rows_times_all<T>(
+        static_cast<const Storage*>(weights[2 * part]), wide, hidden, from, to, count,
+        [=](int64_t i) { return i * hidden; },
+        [=](int64_t i, int64_t row, float v) {
+          target[i * places[3] + row] = T::put(bias ? v + T::get(bias + row) : v);
+        });
+  });
+  for (int64_t i = 0; i < count; i++) {
+    Storage* token = out + i * places[3];
+    for (int part = 0; part < 2; part++) {
+      const float* norm = static_cast<const float*>(weights[6 + part]);
+      Storage* place = token + places[part];
+      if (norm) rms_norm<T>(place, norm, place, part == 0 ? heads : kv_heads, d, epsilons[part], early);
     }
+    for (int64_t head = 0; head < heads + kv_heads; head++)
+      rotate<T>(token + head * d, cosines + i * d, sines + i * d, d);
   }
 }
 
+// e^x for x <= 0, to about an ulp of float32 (Cephes' polynomial); 1e-38 where it would be less.
+Floats exponential(Floats x) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+  const Floats least = Floats{} - 87.0f;
+  x = x < least ? least : x;
+  const Floats shifted = x * 1.44269504f + kMagic;
+  const Floats n = shifted - kMagic;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Words power;
+  std::memcpy(&power, &shifted, sizeof power);
+  power = (power << 23) + 0x3f800000u;
+  Floats scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
+
+// In place of scores [length], with room up to a multiple of kLanes: e^(score - top). Returns their sum.
+float soften(float* scores, int64_t length, float top) {
+  const int64_t padded = (length + kLanes - 1) / kLanes * kLanes;
+  for (int64_t i = length; i < padded; i++) scores[i] = top;
+  Floats total = {};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    Floats p = exponential(F32::load(scores + i) - top);
+    if (i + kLanes > length)
+      for (int lane = int(length - i); lane < kLanes; lane++) p[lane] = 0;
+    std::memcpy(scores + i, &p, sizeof p);
+    total += p;
+  }
+  return sum(total);
+}
+
+// One head's attention over cached keys and values, `k_row` and `v_row` elements apart. Scores and sums are float32, as
+// in torch's own fused attention. scratch has room for d + length + dv + kLanes floats.
+template <class T>
+void attend(const typename T::Storage* q, const typename T::Storage* keys, const typename T::Storage* values,
+            typename T::Storage* out, int64_t length, int64_t d, int64_t dv, int64_t k_row, int64_t v_row, float scale,
+            float* scratch) {
+  float* query = scratch;
+  float* total = query + d;
+  float* scores = total + dv;
+  widen<T>(q, d, query);
+  for (int64_t i = 0; i < d; i++) query[i] *= scale;
+  float top = -INFINITY;
+  int64_t row = 0;
+  for (; row + 4 <= length; row += 4) dot4<T>(keys + row * k_row, k_row, query, d, scores + row);
+  for (; row < length; row++) scores[row] = dot1<T>(keys + row * k_row, query, d);
+  for (row = 0; row < length; row++) top = scores[row] > top ? scores[row] : top;
+  const float weight = soften(scores, length, top);
+  for (int64_t i = 0; i < dv; i++) total[i] = 0;
+  for (row = 0; row + 4 <= length; row += 4) {
+    const auto *v0 = values + row * v_row, *v1 = v0 + v_row, *v2 = v1 + v_row, *v3 = v2 + v_row;
+    const float p0 = scores[row], p1 = scores[row + 1], p2 = scores[row + 2], p3 = scores[row + 3];
+    for (int64_t i = 0; i < dv; i++)
+      total[i] += (p0 * T::get(v0 + i) + p1 * T::get(v1 + i)) + (p2 * T::get(v2 + i) + p3 * T::get(v3 + i));
+  }
+  for (; row < length; row++)
+    for (int64_t i = 0; i < dv; i++) total[i] += scores[row] * T::get(values + row * v_row + i);
+  for (int64_t i = 0; i < dv; i++) out[i] = T::put(total[i] / weight);
+}
+
 // Attention of one new token over the cached ones: query [heads, d], keys and values [kv_heads, length, d] with the
-// given strides in elements, out [heads, dv]. Scores and sums are float32, as in torch's own fused attention.
+// given strides in elements, out [heads, dv].
 template <class T>
 void attention(const typename T::Storage* q, const typename T::Storage* k, const typename T::Storage* v,
                typename T::Storage* out, int64_t heads, int64_t kv_heads, int64_t length, int64_t d, int64_t dv,
                const int64_t* strides, float scale, float* scratch, int threads) {
-  const int64_t group = heads / kv_heads, room = d + length + dv;
+  const int64_t group = heads / kv_heads, room = d + length + dv + kLanes;
   const int64_t k_head = strides[0], k_row = strides[1], v_head = strides[2], v_row = strides[3];
   parallel(heads, threads, [=](int64_t head) {
-    float* query = scratch + head * room;
-    float* scores = query + d;
-    float* total = scores + length;
-    widen<T>(q + head * d, d, query);
-    const auto* keys = k + head / group * k_head;
-    const auto* values = v + head / group * v_head;
-    float top = -INFINITY;
-    for (int64_t row = 0; row < length; row++) {
-      scores[row] = dot1<T>(keys + row * k_row, query, d) * scale;
-      if (scores[row] > top) top = scores[row];
+    attend<T>(q + head * d, k + head / group * k_head, v + head / group * v_head, out + head * dv, length, d, dv, k_row,
+              v_row, scale, scratch + head * room);
+  });
+}
+
+// Where a token's keys and values go in the cache of its sequence, whose heads are `stride` elements apart.
+template <class T>
+struct CachePlace {
+  typename T::Storage *keys, *values;
+  int64_t stride, position;
+};
+
+// Attention of tokens of any sequences, each over its own cache up to its own position. `mixed` is what `projections`
+// gave for them; their keys and values are put into the caches first, so that tokens of one sequence see each other.
+// out is [count, heads, d]; scratch has room for 2 d + longest + kLanes floats for each pair of token and head.
+template <class T>
+void attention_rows(const typename T::Storage* mixed, const CachePlace<T>* places, typename T::Storage* out,
+                    int64_t count, int64_t heads, int64_t kv_heads, int64_t d, int64_t longest, float scale,
+                    float* scratch, int threads) {
+  using Storage = typename T::Storage;
+  const int64_t group = heads / kv_heads, width = (heads + 2 * kv_heads) * d, room = 2 * d + longest + kLanes;
+  for (int64_t i = 0; i < count; i++) {
+    const CachePlace<T>& place = places[i];
+    const Storage* keys = mixed + i * width + heads * d;
+    for (int64_t head = 0; head < kv_heads; head++) {
+      const int64_t at = head * place.stride + place.position * d;
+      std::memcpy(place.keys + at, keys + head * d, d * sizeof(Storage));
+      std::memcpy(place.values + at, keys + (kv_heads + head) * d, d * sizeof(Storage));
     }
-    float weight = 0;
-    for (int64_t i = 0; i < dv; i++) total[i] = 0;
-    for (int64_t row = 0; row < length; row++) {
-      const float p = std::exp(scores[row] - top);
-      weight += p;
-      for (int64_t i = 0; i < dv; i++) total[i] += p * T::get(values + row * v_row + i);
-    }
-    for (int64_t i = 0; i < dv; i++) out[head * dv + i] = T::put(total[i] / weight);
+  }
+  parallel(count * heads, threads, [=](int64_t task) {
+    const int64_t i = task / heads, head = task % heads;
+    const CachePlace<T>& place = places[i];
+    const int64_t at = head / group * place.stride;
+    attend<T>(mixed + i * width + head * d, place.keys + at, place.values + at, out + task * d, place.position + 1, d,
+              d, d, d, scale, scratch + task * room);
   });
 }
 
@@ -663,7 +791,7 @@ int quantized_experts_of(int bits, Arguments... arguments) {
 
 extern "C" {
 
-int raymoe_abi() { return 7; }
+int raymoe_abi() { return 8; }
 
 void raymoe_attention_f32(const float* q, const float* k, const float* v, float* out, int64_t heads, int64_t kv_heads,
                           int64_t length, int64_t d, int64_t dv, const int64_t* strides, float scale, float* scratch,
@@ -710,25 +838,37 @@ void raymoe_rms_norm_bf16(const uint16_t* x, const float* weight, uint16_t* out,
 }
 
 void raymoe_gated_f32(const float* gate, const float* up, const float* down, const float* x, float* out, int64_t hidden,
-                      int64_t inner, float* scratch, int threads) {
-  gated<F32>(gate, up, down, x, out, hidden, inner, scratch, threads);
+                      int64_t inner, int64_t count, float* scratch, int threads) {
+  gated<F32>(gate, up, down, x, out, hidden, inner, count, scratch, threads);
 }
 
-void raymoe_gated_bf16(const uint16_t* gate, const uint16_t* up, const uint16_t* down, const uint16_t* x, uint16_t* out,
-                       int64_t hidden, int64_t inner, float* scratch, int threads) {
-  gated<BF16>(gate, up, down, x, out, hidden, inner, scratch, threads);
+void raymoe_gated_bf16(const uint16_t* gate, const uint16_t* up, const uint16_t* down, const uint16_t* x, uint16_t* out, int64_t hidden,
+                      int64_t inner, int64_t count, float* scratch, int threads) {
+  gated<BF16>(gate, up, down, x, out, hidden, inner, count, scratch, threads);
 }
 
 void raymoe_projections_f32(const void* const* weights, const float* x, const float* cosines, const float* sines,
-                            float* out, int64_t heads, int64_t kv_heads, int64_t d, int64_t hidden,
+                            float* out, int64_t heads, int64_t kv_heads, int64_t d, int64_t hidden, int64_t count,
                             const float* epsilons, int early, float* scratch, int threads) {
-  projections<F32>(weights, x, cosines, sines, out, heads, kv_heads, d, hidden, epsilons, early, scratch, threads);
+  projections<F32>(weights, x, cosines, sines, out, heads, kv_heads, d, hidden, count, epsilons, early, scratch, threads);
 }
 
-void raymoe_projections_bf16(const void* const* weights, const uint16_t* x, const uint16_t* cosines,
-                             const uint16_t* sines, uint16_t* out, int64_t heads, int64_t kv_heads, int64_t d,
-                             int64_t hidden, const float* epsilons, int early, float* scratch, int threads) {
-  projections<BF16>(weights, x, cosines, sines, out, heads, kv_heads, d, hidden, epsilons, early, scratch, threads);
+void raymoe_attention_rows_f32(const float* mixed, const void* places, float* out, int64_t count, int64_t heads,
+                               int64_t kv_heads, int64_t d, int64_t longest, float scale, float* scratch, int threads) {
+  attention_rows<F32>(mixed, static_cast<const CachePlace<F32>*>(places), out, count, heads, kv_heads, d, longest, scale,
+                      scratch, threads);
+}
+
+void raymoe_projections_bf16(const void* const* weights, const uint16_t* x, const uint16_t* cosines, const uint16_t* sines,
+                            uint16_t* out, int64_t heads, int64_t kv_heads, int64_t d, int64_t hidden, int64_t count,
+                            const float* epsilons, int early, float* scratch, int threads) {
+  projections<BF16>(weights, x, cosines, sines, out, heads, kv_heads, d, hidden, count, epsilons, early, scratch, threads);
+}
+
+void raymoe_attention_rows_bf16(const uint16_t* mixed, const void* places, uint16_t* out, int64_t count, int64_t heads,
+                               int64_t kv_heads, int64_t d, int64_t longest, float scale, float* scratch, int threads) {
+  attention_rows<BF16>(mixed, static_cast<const CachePlace<BF16>*>(places), out, count, heads, kv_heads, d, longest, scale,
+                      scratch, threads);
 }
 
 // Return 1 where there is no such number of bits, else 0. The table holds four addresses per expert.

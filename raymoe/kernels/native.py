@@ -27,9 +27,10 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAG_SETS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
-ABI = 7
+ABI = 8
 COMPILERS = ("c++", "g++", "clang++")
-THREADED_BYTES = 1 << 18  # below this many bytes of weights, waking threads costs more than they save
+THREADED_BYTES = 1 << 18  # below this many bytes of weights, read once per row, waking threads costs more than it saves
+LANES = 16  # of a vector in native.cpp: scores are padded to them
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -48,6 +49,7 @@ class NativeKernels:
         self._attention = {}
         self._gated = {}
         self._projections = {}
+        self._attention_rows = {}
         self._quantized_experts = {}
         self._restore = library.raymoe_restore
         self._restore.argtypes = [ctypes.c_int, *[pointer] * 3, *[number] * 2, ctypes.c_int]
@@ -66,12 +68,16 @@ class NativeKernels:
             attention.argtypes = [pointer] * 4 + [number] * 5 + [pointer, ctypes.c_float, pointer, ctypes.c_int]
             attention.restype = None
             gated = getattr(library, f"raymoe_gated_{suffix}")
-            gated.argtypes = [pointer] * 5 + [number] * 2 + [pointer, ctypes.c_int]
+            gated.argtypes = [pointer] * 5 + [number] * 3 + [pointer, ctypes.c_int]
             gated.restype = None
             projections = getattr(library, f"raymoe_projections_{suffix}")
-            projections.argtypes = [pointer] * 5 + [number] * 4 + [pointer, ctypes.c_int, pointer, ctypes.c_int]
+            projections.argtypes = [pointer] * 5 + [number] * 5 + [pointer, ctypes.c_int, pointer, ctypes.c_int]
             projections.restype = None
             self._gated[dtype], self._projections[dtype] = gated, projections
+            rows = getattr(library, f"raymoe_attention_rows_{suffix}")
+            rows.argtypes = [pointer] * 3 + [number] * 5 + [ctypes.c_float, pointer, ctypes.c_int]
+            rows.restype = None
+            self._attention_rows[dtype] = rows
             quantized = getattr(library, f"raymoe_quantized_experts_{suffix}")
             quantized.argtypes = [ctypes.c_int, *[pointer] * 5, *[number] * 4, pointer, ctypes.c_int]
             quantized.restype = ctypes.c_int
@@ -102,7 +108,7 @@ class NativeKernels:
             columns,
             count,
             self._room(count * columns),
-            self.threads if weight.nbytes >= THREADED_BYTES else 1,
+            self.threads if weight.nbytes * count >= THREADED_BYTES else 1,
         )
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, early: bool, out: torch.Tensor) -> None:
@@ -133,15 +139,48 @@ class NativeKernels:
             dv,
             strides,
             scale,
-            self._room(heads * (d + length + dv)),
+            self._room(heads * (d + length + dv + LANES)),
             self.threads if k.nbytes >= THREADED_BYTES else 1,
+        )
+
+    def attention_rows(
+        self, mixed: torch.Tensor, places: np.ndarray, heads: int, longest: int, scale: float, out: torch.Tensor
+    ) -> None:
+        """Attention of tokens of any sequences, each over its own cache, into which its keys and values are put first.
+
+        Args:
+            mixed: [tokens, heads + 2 kv_heads, d], contiguous, as ``projections`` gave it.
+            places: int64 [tokens, 4], contiguous: addresses of the keys and the values of the token's sequence (both
+                [kv_heads, capacity, d], contiguous), elements from head to head, and the token's position.
+            heads: of queries.
+            longest: positions that any token looks back on, its own included.
+            out: [tokens, heads, d], contiguous.
+        """
+        tokens, rows, d = mixed.shape
+        work = tokens * longest * rows * d * mixed.element_size()
+        self._attention_rows[mixed.dtype](
+            mixed.data_ptr(),
+            places.ctypes.data,
+            out.data_ptr(),
+            tokens,
+            heads,
+            (rows - heads) // 2,
+            d,
+            longest,
+            scale,
+            self._room(tokens * heads * (2 * d + longest + LANES)),
+            self.threads if work >= THREADED_BYTES else 1,
         )
 
     def gated(
         self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, x: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """``out[n] = down[n, i] @ (silu(gate[i, n] @ x[n]) * (up[i, n] @ x[n]))``; all contiguous, of one dtype."""
+        """``out[t, n] = down[n, i] @ (silu(gate[i, n] @ x[t, n]) * (up[i, n] @ x[t, n]))``.
+
+        All are contiguous and of one dtype. A row of x gives the same bits alone and among others.
+        """
         inner, hidden = gate.shape
+        count = x.numel() // hidden
         self._gated[x.dtype](
             gate.data_ptr(),
             up.data_ptr(),
@@ -150,8 +189,9 @@ class NativeKernels:
             out.data_ptr(),
             hidden,
             inner,
-            self._room(hidden + inner),
-            self.threads if 3 * gate.nbytes >= THREADED_BYTES else 1,
+            count,
+            self._room(count * (hidden + inner)),
+            self.threads if 3 * gate.nbytes * count >= THREADED_BYTES else 1,
         )
 
     def projections(
@@ -165,20 +205,20 @@ class NativeKernels:
         epsilons: np.ndarray,
         early: bool,
     ) -> None:
-        """Queries, keys and values of one token, rotated where they are to be.
+        """Queries, keys and values of some tokens, rotated where they are to be.
 
         Args:
             weights: uint64, eight addresses, 0 for what there is not: the matrices of queries, keys and values, each
                 with its bias, and in float32 the weights [d] of norms over the heads of queries and keys.
-            x: contiguous, one row.
-            cos, sin: [d], of the token's position; contiguous, of x's type.
+            x: [tokens, hidden], contiguous.
+            cos, sin: [tokens, d], of the tokens' positions; contiguous, of x's type.
             heads: of queries.
-            out: [heads + 2 kv_heads, d], contiguous: first the queries, then the keys, then the values.
+            out: [tokens, heads + 2 kv_heads, d], contiguous: first the queries, then the keys, then the values.
             epsilons: float32, of the two norms.
             early: as for ``rms_norm``.
         """
-        rows, d = out.shape
-        hidden = x.numel()
+        tokens, rows, d = out.shape
+        hidden = x.numel() // tokens
         self._projections[x.dtype](
             weights.ctypes.data,
             x.data_ptr(),
@@ -189,9 +229,10 @@ class NativeKernels:
             (rows - heads) // 2,
             d,
             hidden,
+            tokens,
             epsilons.ctypes.data,
             early,
-            self._room(hidden),
+            self._room(tokens * hidden),
             self.threads if out.nbytes * hidden >= THREADED_BYTES else 1,
         )
 

@@ -9,7 +9,7 @@ H hidden, D width of a head, L length of the cache.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,9 @@ from transformers.cache_utils import Cache
 
 from raymoe.kernels.native import NativeKernels
 from raymoe.model.norms import SmallNorm, small_norm
+from raymoe.model.roomy import RoomyLayer
 
+MOST_ROWS = 64  # of linear layers and MLPs; with more, torch's matrix products are the faster ones
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-5}  # of the largest output: a sum of many products, rounded apart
 KNOWN_ARGUMENTS = {"position_ids", "use_cache", "output_attentions", "output_router_logits", "cache_position"}
 """What decoder layers pass on to attention that changes nothing for one token without a mask."""
@@ -31,7 +33,7 @@ HEAD_NORMS = ("q_norm", "k_norm")
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
-class OneRowMlp:
+class FewRowsMlp:
     """Replaces the forward of a gated SiLU MLP."""
 
     def __init__(self, module: Any, kernels: NativeKernels) -> None:
@@ -44,7 +46,7 @@ class OneRowMlp:
         """The block's output for hidden states [..., H]."""
         gate, up, down = self._weights
         hidden = args[0] if len(args) == 1 and not kwargs else None
-        if hidden is None or hidden.numel() != self._columns or hidden.dtype != gate.dtype:
+        if hidden is None or hidden.dtype != gate.dtype or not 1 <= hidden.numel() // self._columns <= MOST_ROWS:
             return self._own_forward(*args, **kwargs)
         output = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         self._kernels.gated(gate, up, down, hidden.contiguous(), output)
@@ -87,23 +89,46 @@ class OneTokenAttention:
             return self._own_forward(*args, **kwargs)
         hidden, cos, sin, cache = taken
         heads, kv_heads, width = self._heads, self._kv_heads, self._width
-        mixed = hidden.new_empty((heads + 2 * kv_heads, width))
+        mixed = hidden.new_empty((1, heads + 2 * kv_heads, width))
         self._kernels.projections(self._addresses, hidden, cos, sin, heads, mixed, self._epsilons, self._early)
-        keys, values = mixed[heads:].view(2, 1, kv_heads, 1, width).unbind(0)
+        keys, values = mixed[0, heads:].view(2, 1, kv_heads, 1, width).unbind(0)
         keys_LD, values_LD = cache.update(keys, values, self._layer)
         attended = hidden.new_empty((1, 1, heads * width))
-        self._kernels.attention(mixed[:heads], keys_LD[0], values_LD[0], self._scale, attended)
+        self._kernels.attention(mixed[0, :heads], keys_LD[0], values_LD[0], self._scale, attended)
+        return self._output(attended), None
+
+    def together(self, counts: Sequence[int], caches: Sequence[Cache], args: Any, kwargs: Any) -> Any:
+        """The same for tokens of several sequences [tokens, 1, H], so many of each; None where kernels can't do it.
+
+        Each cache must have room, as ``RoomyLayer`` has.
+        """
+        layers: list[Any] = [cache.layers[self._layer] for cache in caches]
+        taken = self._taken(args, kwargs, sum(counts))
+        if taken is None or not all(type(layer) is RoomyLayer for layer in layers):
+            return None
+        hidden, cos, sin, _ = taken
+        shape = (self._kv_heads, self._width)
+        places = [
+            place for layer, count in zip(layers, counts, strict=True) for place in layer.extend(count, shape, hidden)
+        ]
+        mixed = hidden.new_empty((len(places), self._heads + 2 * self._kv_heads, self._width))
+        self._kernels.projections(self._addresses, hidden, cos, sin, self._heads, mixed, self._epsilons, self._early)
+        attended = hidden.new_empty((len(places), 1, self._heads * self._width))
+        longest = max(position for *_, position in places) + 1
+        self._kernels.attention_rows(
+            mixed, np.array(places, dtype=np.int64), self._heads, longest, self._scale, attended
+        )
         return self._output(attended), None
 
     def _taken(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Cache] | None:
         """Hidden states, cosines, sines and cache of a call that the kernels can do; else None."""
         hidden = args[0] if len(args) == 1 else kwargs.get("hidden_states") if not args else None
         rotation, cache = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
         if (
             hidden is None
-            or hidden.numel() != self._columns
+            or hidden.numel() != tokens * self._columns
             or hidden.dim() != 3
             or hidden.dtype != self._dtype
             or kwargs.get("attention_mask") is not None
@@ -112,7 +137,8 @@ class OneTokenAttention:
         ):
             return None
         cos, sin = rotation
-        if cos.numel() != self._width or sin.numel() != self._width or cos.dtype != self._dtype:
+        numbers = tokens * self._width
+        if cos.numel() != numbers or sin.numel() != numbers or cos.dtype != self._dtype:
             return None
         if any(
             value is not None for name, value in kwargs.items() if name not in TRIED and name not in KNOWN_ARGUMENTS
@@ -124,13 +150,13 @@ class OneTokenAttention:
 TRIED = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
 
 
-def fused(module: nn.Module, kernels: NativeKernels) -> OneRowMlp | OneTokenAttention | None:
+def fused(module: nn.Module, kernels: NativeKernels) -> FewRowsMlp | OneTokenAttention | None:
     """One call for a whole block, if it does what the block does; else None."""
     return fused_mlp(module, kernels) or fused_attention(module, kernels)
 
 
 @torch.no_grad()
-def fused_mlp(module: Any, kernels: NativeKernels) -> OneRowMlp | None:
+def fused_mlp(module: Any, kernels: NativeKernels) -> FewRowsMlp | None:
     """For a block of gate, up and down that activates by SiLU."""
     parts: list[Any] = [getattr(module, name, None) for name in MLP_PARTS]
     if not all(is_plain(part, kernels) and part.bias is None for part in parts) or has_more(module, MLP_PARTS):
@@ -138,7 +164,7 @@ def fused_mlp(module: Any, kernels: NativeKernels) -> OneRowMlp | None:
     gate, up, down = (part.weight for part in parts)
     if not gate.shape == up.shape == down.shape[::-1]:
         return None
-    replacement = OneRowMlp(module, kernels)
+    replacement = FewRowsMlp(module, kernels)
     probe = random_rows(gate.shape[1], gate.dtype)[:, :1]
     try:
         expected = module.forward(probe)

@@ -253,8 +253,9 @@ class Emulation:
 class CacheCopies:
     """Copies of the caches that decoder layers are given, for one run ahead.
 
-    Tensors that a cache holds as attributes are shared with the copy, since updates assign new ones; those it holds
-    in a dict or list may be written in place, so they are copied. Only the layers on the way are.
+    Tensors that a cache holds as attributes are shared with the copy, since updates assign new ones, or write behind
+    what is in use (``RoomyLayer``), where the step itself will write when it comes there. Those it holds in a dict or
+    list may be written in place, so they are copied. Only the layers on the way are.
     """
 
     def __init__(self, way: Way) -> None:
@@ -272,7 +273,7 @@ class CacheCopies:
         if not isinstance(value, Cache):
             return value
         if isinstance(value, RowCaches):
-            return RowCaches([self.of(cache) for cache in value.rows])
+            return RowCaches([self.of(cache) for cache in value.rows], value.counts)
         copied = self._copies.get(id(value))
         if copied is None:
             copied = self._copies[id(value)] = shallow(value)

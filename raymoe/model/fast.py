@@ -19,12 +19,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raymoe.kernels.native import NativeKernels, load_native
-from raymoe.model.blocks import fused
+from raymoe.model.blocks import MOST_ROWS, fused
 from raymoe.model.norms import SmallNorm, small_norm
 
 ATTENTION = "raymoe_sdpa"
 SPECIAL_ATTENTION = ("position_bias", "cache", "softcap")  # what sdpa knows beyond masks; the kernel does not
-MOST_ROWS = 9  # of a linear layer: a token and the most drafts
 
 
 def use_native_kernels(model: PreTrainedModel) -> int:

@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from raymoe.kernels.gpu import GpuKernels, power_of_two
+from raymoe.model.roomy import RoomyLayer
 
 LEAST_CAPACITY = 512  # tokens; a graph is captured anew whenever the capacity grows, and it doubles then
 
@@ -18,7 +19,7 @@ def why_not_fixed(cache: Any) -> str | None:
     """Why a sequence's cache can't be kept in a fixed one; None where it can."""
     if not isinstance(cache, DynamicCache) or not cache.layers:
         return f"its cache is a {type(cache).__name__}"
-    other = next((layer for layer in cache.layers if type(layer) is not DynamicLayer), None)
+    other = next((layer for layer in cache.layers if type(layer) not in (DynamicLayer, RoomyLayer)), None)
     return None if other is None else f"its cache has layers of type {type(other).__name__}"
 
 

@@ -1,8 +1,9 @@
-"""Sequences of any lengths as the rows of one forward, of one token each.
+"""Sequences of any lengths as the rows of one forward, of one token each, or of several where kernels attend.
 
 What looks at one position alone (norms, MLPs, routers, experts, the head) runs once for all rows. What looks back
 (attention, state spaces) runs row by row, each on its own cache, as if it were alone: so nothing is padded, no cache is
-copied, and rows come and go at any step. Whether an architecture bears that is proved before it is relied on.
+copied, and rows come and go at any step. Where native kernels attend, a call of theirs does it for all rows, and a row
+may have several tokens: a piece of a prompt. Whether an architecture bears that is proved before it is relied on.
 
 B rows.
 """
@@ -25,21 +26,30 @@ class RowCaches(DynamicCache):
 
     Masks are made for the longest row. Those of the others are the last columns of it, for what a row may look back on
     depends on distances alone.
+
+    Attributes:
+        rows: each row's cache.
+        counts: tokens that each reads; the model sees [their sum, 1] tokens, those of a row one after the other.
     """
 
-    def __init__(self, caches: Sequence[Cache]) -> None:
+    def __init__(self, caches: Sequence[Cache], counts: Sequence[int] | None = None) -> None:
         super().__init__()
         self.rows = list(caches)
+        self.counts = [1] * len(caches) if counts is None else list(counts)
         longest = max(caches, key=lambda cache: cache.get_seq_length())
         self.layers = longest.layers
         self.layer_class_to_replicate = longest.layer_class_to_replicate
 
 
 class ByRow:
-    """Replaces the forward of a module that takes a cache: row by row where it is that of several rows."""
+    """Replaces the forward of a module that takes a cache: row by row where it is that of several rows.
+
+    A forward that has a ``together`` of its own (``OneTokenAttention``) does all rows at once where it can.
+    """
 
     def __init__(self, module: Any) -> None:
         self.own_forward: Callable[..., Any] = module.forward
+        self._together: Callable[..., Any] | None = getattr(module.forward, "together", None)
         self._layer: int = getattr(module, "layer_idx", 0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,6 +57,12 @@ class ByRow:
         caches = next((value for value in (*args, *kwargs.values()) if isinstance(value, RowCaches)), None)
         if caches is None:
             return self.own_forward(*args, **kwargs)
+        if self._together is not None:
+            done = self._together(caches.counts, caches.rows, args, {**kwargs, **self._one_cache(caches, kwargs)})
+            if done is not None:
+                return done
+        if max(caches.counts) > 1:
+            raise NotImplementedError("rows of several tokens, where no kernel attends")
         rows = len(caches.rows)
         found = []
         for row, cache in enumerate(caches.rows):
@@ -57,6 +73,11 @@ class ByRow:
                 its_kwargs[MASK_ARGUMENT] = mask[..., -cache.get_mask_sizes(1, self._layer)[0] :]
             found.append(self.own_forward(*its_args, **its_kwargs))
         return together(found)
+
+    @staticmethod
+    def _one_cache(caches: RowCaches, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments that are the caches, as any one of them: what takes all rows has them apart."""
+        return {name: caches.rows[0] for name, value in kwargs.items() if value is caches}
 
 
 class EachRow(list[Any]):

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 PROMPTS = (9, 24, 5)  # tokens of each: one passes the windows of most small models, the longest is in the middle
 STEPS = ((0, 1, 2), (0, 1, 2), (2, 0), (1, 2), (0, 1, 2))  # rows of each: they come and go, and change places
+DIFFERING_ROPE = ("dynamic", "longrope")  # kinds of rotation that depend on the longest position of a forward
 
 
 def join_rows(runner: Runner) -> str | None:
@@ -27,10 +28,9 @@ def join_rows(runner: Runner) -> str | None:
 
     ``runner.joins`` says so afterwards. To be called when native kernels have taken their places, before any forecast.
     """
-    if not runner.takes_rows:
-        return "the architecture prepares its inputs in a way of its own"
-    if getattr(runner.model.config.get_text_config(), "attention_chunk_size", None):
-        return "it attends in chunks of absolute places"
+    reason = why_never(runner)
+    if reason is not None:
+        return reason
     split = split_by_rows(runner.model)
     if not split:
         return "none of its modules is given a cache"
@@ -45,6 +45,25 @@ def join_rows(runner: Runner) -> str | None:
     if reason is not None:
         give_back(split)
     return reason
+
+
+def why_never(runner: Runner) -> str | None:
+    """Why sequences can't share forwards, nor be cut into several, for reasons that a short probe would not show."""
+    config = runner.model.config.get_text_config(decoder=True)
+    if not runner.takes_rows:
+        return "the architecture prepares its inputs in a way of its own"
+    if getattr(config, "attention_chunk_size", None):
+        return "it attends in chunks of absolute places"
+    if rotates_by_length(config):
+        return "its positions are rotated by how long the sequence is"
+    return None
+
+
+def rotates_by_length(config: Any) -> bool:
+    """Whether the same position is rotated differently in a longer forward."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    layers = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return any(layer.get("rope_type") in DIFFERING_ROPE for layer in layers)
 
 
 def _compare(runner: Runner) -> str | None:

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.generation import GenerationMixin
 
 from raymoe.errors import RequestError
+from raymoe.model.roomy import RoomyLayer, held_bytes, new_cache
 from raymoe.model.rows import RowCaches
 
 
@@ -62,6 +63,7 @@ class Runner:
 
     Attributes:
         joins: whether ``decode_together`` was proved for this trunk, by ``model.rows_proof``.
+        reads_on, mixes, copies: whether ``read_on``, ``read_together`` and ``copied`` were, by ``model.pieces_proof``.
         captured: what replays the steps of single tokens; None where nothing does.
 
     Args:
@@ -74,7 +76,7 @@ class Runner:
         self, model: Any, *, single_threaded_decode: bool = False
     ) -> None:  # generation hooks come from a mixin that PreTrainedModel does not show
         self.model = model
-        self.joins = False
+        self.joins = self.reads_on = self.mixes = self.copies = False
         self.captured: Captured | None = None
         self.device: torch.device = model.device
         parameters = inspect.signature(model.forward).parameters
@@ -95,7 +97,7 @@ class Runner:
         ids = torch.tensor([tokens], device=self.device)
         kwargs: dict[str, Any] = {"use_cache": True, **self._keep_last}
         if self.model._supports_default_dynamic_cache():
-            kwargs["past_key_values"] = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+            kwargs["past_key_values"] = self._new_cache()
         if self._takes_positions:
             kwargs["position_ids"] = torch.arange(len(tokens), device=self.device).unsqueeze(0)
         inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, attention_mask=None, **kwargs)
@@ -130,15 +132,36 @@ class Runner:
         Returns the logits after each ([rows, vocabulary], float32); a row differs from the same token run alone by
         rounding: about 1e-6 of the logits in float32. Where it fails the states are lost.
         """
+        return self.read_together(states, [[token] for token in tokens])
+
+    @torch.inference_mode()
+    def read_together(self, states: Sequence[SequenceState], pieces: Sequence[list[int]]) -> torch.Tensor:
+        """The same with several tokens of some; returns the logits after the last of each. Mutates ``states``."""
         self._own_cache(*states)
-        caches = RowCaches([state.kwargs["past_key_values"] for state in states])
-        ids_B1 = torch.tensor(tokens, device=self.device).unsqueeze(1)
-        positions_B1 = torch.tensor([state.length for state in states], device=self.device).unsqueeze(1)
-        with self._threads_for(max(states, key=lambda state: state.length)):
-            outputs = self._forward(ids_B1, positions_B1, caches)
-        for state in states:
-            state.length += 1
+        counts = [len(piece) for piece in pieces]
+        caches = RowCaches([state.kwargs["past_key_values"] for state in states], counts)
+        ids_T1 = torch.tensor([token for piece in pieces for token in piece], device=self.device).unsqueeze(1)
+        places = [range(state.length, state.length + count) for state, count in zip(states, counts, strict=True)]
+        positions_T1 = torch.tensor([place for row in places for place in row], device=self.device).unsqueeze(1)
+        with self._threads_for(max(states, key=lambda state: state.length)), self._head_for(counts):
+            outputs = self._forward(ids_T1, positions_T1, caches)
+        for state, count in zip(states, counts, strict=True):
+            state.length += count
         return outputs.logits[:, -1].float()
+
+    @contextmanager
+    def _head_for(self, counts: Sequence[int]) -> Iterator[None]:
+        """Let the model's head see the last token of each row only: no others' logits are wanted."""
+        if max(counts) == 1:
+            yield
+            return
+        lasts = torch.tensor(counts, device=self.device).cumsum(0) - 1
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _module, args: (args[0][lasts], *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def _threads_for(self, state: SequenceState) -> Iterator[None]:
@@ -166,6 +189,38 @@ class Runner:
         ids = torch.tensor([[token]], device=self.device)
         position = torch.tensor([[state.length - 1]], device=self.device)
         return self._forward(ids, position, state.kwargs["past_key_values"]).logits[0, -1].float()
+
+    # --- a prompt in pieces --------------------------------------------------------------------------------
+
+    def empty(self) -> SequenceState:
+        """A sequence that has read nothing yet, for ``read_on`` and ``read_together``."""
+        return SequenceState(torch.empty((1, 0), dtype=torch.long), {"past_key_values": self._new_cache()}, 0)
+
+    @torch.inference_mode()
+    def read_on(self, state: SequenceState, tokens: list[int]) -> torch.Tensor:
+        """Run the next tokens of a prompt in one pass; returns the logits after the last. Mutates ``state``."""
+        self._own_cache(state)
+        positions = torch.arange(state.length, state.length + len(tokens), device=self.device).unsqueeze(0)
+        ids = torch.tensor([tokens], device=self.device)
+        logits = self._forward(ids, positions, state.kwargs["past_key_values"]).logits[0, -1].float()
+        state.length += len(tokens)
+        return logits
+
+    @torch.inference_mode()
+    def copied(self, state: SequenceState, length: int) -> SequenceState:
+        """A sequence that begins with the first tokens of another, whose keys and values it gets copies of."""
+        self._own_cache(state)
+        cache, fresh = state.kwargs["past_key_values"], self.empty()
+        for layer, mine in zip(cache.layers, fresh.kwargs["past_key_values"].layers, strict=True):
+            assert type(layer) is RoomyLayer and type(mine) is RoomyLayer, "a cache that can't be cut"
+            if layer.is_initialized:
+                keys, values = layer.keys[..., :length, :], layer.values[..., :length, :]
+                mine.update(keys, values)
+        fresh.length = length
+        return fresh
+
+    def _new_cache(self) -> DynamicCache:
+        return new_cache(self.model.config.get_text_config(decoder=True))
 
     # --- several tokens, of which some may not stay --------------------------------------------------------
 
@@ -243,7 +298,7 @@ class Runner:
                 f"not {len(rows)} in lockstep"
             )
         ids = torch.tensor(rows, device=self.device)
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        cache = self._new_cache()
         state = SequenceState(ids, {"past_key_values": cache}, ids.shape[1])
         return self._forward_rows(ids, 0, cache), state
 
@@ -272,8 +327,13 @@ class Runner:
         )
 
     @staticmethod
+    def held_bytes(state: SequenceState) -> int:
+        """Bytes of memory that a sequence's cache takes, with its room to grow."""
+        return held_bytes(tensors_within(state.kwargs.get("past_key_values")))
+
+    @staticmethod
     def cache_bytes(state: SequenceState) -> int:
-        """Bytes held by a sequence's cache."""
+        """Bytes that a sequence's cache has in use."""
         return sum(tensor.nbytes for tensor in tensors_within(state.kwargs.get("past_key_values")))
 
 

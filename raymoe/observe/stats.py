@@ -56,6 +56,11 @@ class EngineStats:
         recall: share of the chosen experts that the predictor had named; None where there is none.
         drafted, accepted: a shadow's tokens that were read along, and those that the model chose too.
         drafts: whether any are: "on", or "off" and why the model can't.
+        kv_bytes, kv_set_aside_bytes: that the caches of running requests take, and may come to take.
+        prefix_bytes, prefixes, cached_tokens: of caches kept for prompts that begin alike, how many these are, and how
+            many tokens of prompts were copied from such.
+        admitted, queue_s: requests that were let in, and how long they had waited, all together.
+        batch_rows, batch_tokens: requests and tokens of one of the last steps, on average.
     """
 
     model: str
@@ -84,6 +89,14 @@ class EngineStats:
     drafted: int = 0
     accepted: int = 0
     drafts: str = "off"
+    kv_set_aside_bytes: int = 0
+    prefix_bytes: int = 0
+    prefixes: int = 0
+    cached_tokens: int = 0
+    admitted: int = 0
+    queue_s: float = 0.0
+    batch_rows: float = 0.0
+    batch_tokens: float = 0.0
 
     @property
     def hit_rate(self) -> float:

@@ -13,7 +13,7 @@ from raymoe.engine.request import Chunk, SamplingParams
 from raymoe.errors import EngineStoppedError, RaymoeError
 from raymoe.serve.batch import Batch
 from raymoe.serve.errors import RequestTimeoutError
-from raymoe.serve.inbox import Inbox
+from raymoe.serve.inbox import Bell, Inbox
 
 if TYPE_CHECKING:
     from raymoe.actors.session import Session
@@ -43,6 +43,7 @@ class EngineServer:
         self._has_started = False
         self._timeout_s = config.serving.request_timeout_s
         self._token_texts: dict[int, str] = {}
+        self._bell: Bell | None = None
 
     async def stream(self, prompt: "Prompt", params: SamplingParams | Mapping[str, Any]) -> AsyncGenerator[Batch]:
         """An answer, in batches of chunks that were ready together; the first one is empty and says "accepted".
@@ -55,7 +56,9 @@ class EngineServer:
         """
         params = _sampling(params)
         deadline = asyncio.get_running_loop().time() + self._timeout_s
-        inbox = Inbox()
+        if self._bell is None or self._bell.loop is not asyncio.get_running_loop():
+            self._bell = Bell()
+        inbox = Inbox(self._bell)
         request = await self._submit(prompt, params, inbox)
         finished = False
         try:

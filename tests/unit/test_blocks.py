@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 from transformers import DynamicCache
 
 from raymoe.kernels.native import NativeKernels, load_native
-from raymoe.model.blocks import OneRowMlp, OneTokenAttention, fused_attention, fused_mlp
+from raymoe.model.blocks import MOST_ROWS, FewRowsMlp, OneTokenAttention, fused_attention, fused_mlp
 from raymoe.model.fast import use_native_kernels
 from raymoe.model.runner import Runner
 from tests.toy_models import PROMPT, TOYS, build_toy
@@ -79,16 +79,18 @@ def test_the_kernel_is_a_gated_mlp(kernels: NativeKernels, dtype: torch.dtype, h
 
 @DTYPES
 @torch.no_grad()
-def test_a_gated_mlp_is_replaced_for_one_row_alone(kernels: NativeKernels, dtype: torch.dtype) -> None:
+def test_a_gated_mlp_is_replaced_for_few_rows(kernels: NativeKernels, dtype: torch.dtype) -> None:
     module = Mlp(dtype)
     replacement = fused_mlp(module, kernels)
-    assert isinstance(replacement, OneRowMlp)
-    for shape in ((40,), (1, 40), (1, 1, 40)):
+    assert isinstance(replacement, FewRowsMlp)
+    for shape in ((40,), (1, 40), (1, 1, 40), (3, 40), (MOST_ROWS, 1, 40)):
         x = random(*shape, dtype=dtype)
         assert replacement(x).shape == x.shape
         assert torch.allclose(replacement(x).float(), module(x).float(), rtol=0, atol=ROUNDING[dtype])
-    rows = random(3, 40, dtype=dtype)
-    assert torch.equal(replacement(rows), module(rows))
+    rows = random(MOST_ROWS + 1, 40, dtype=dtype)
+    assert torch.equal(replacement(rows), module(rows)), "its own forward"
+    alone = torch.cat([replacement(row) for row in rows[:5].split(1)])
+    assert torch.equal(replacement(rows[:5]), alone), "a row has the same bits among others"
 
 
 @pytest.mark.parametrize("module", [Mlp(bias=True), Clamped(), Normed(), Routed(), nn.Linear(4, 4)], ids=str)
@@ -117,9 +119,14 @@ def test_the_kernel_projects_and_rotates(
     parts = [part for pair in zip(weights, biases, strict=True) for part in pair]
     addresses = np.array([0 if part is None else part.data_ptr() for part in [*parts, None, None]], dtype=np.uint64)
     x, cos, sin = random(1, hidden, dtype=dtype), random(width, dtype=dtype), random(1, width, dtype=dtype)[0]
-    out = torch.full((heads + 2 * kv_heads, width), torch.nan, dtype=dtype)
+    among = torch.full((3, heads + 2 * kv_heads, width), torch.nan, dtype=dtype)
     epsilons = torch.zeros(2).numpy()
+    rows = (torch.cat([tensor.view(1, -1) * factor for factor in (2, 1, -1)]) for tensor in (x, cos, sin))
+    kernels.projections(addresses, *rows, heads, among, epsilons, False)
+    out = torch.full((1, heads + 2 * kv_heads, width), torch.nan, dtype=dtype)
     kernels.projections(addresses, x, cos, sin, heads, out, epsilons, False)
+    out = out[0]
+    assert torch.equal(among[1], out), "a token has the same bits among others"
     plain = torch.cat(
         [
             nn.functional.linear(x, weight, part_bias).view(-1, width).float()
@@ -199,3 +206,36 @@ def test_a_block_that_caps_its_scores_is_found_out(kernels: NativeKernels) -> No
 
     module.forward = capped.__get__(module)
     assert fused_attention(module, kernels) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_tokens_of_several_sequences_attend_each_to_its_own_past(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    heads, kv_heads, width, room = 4, 2, 6, 9
+    lengths, counts = (5, 0, 7), (1, 3, 2)
+    caches = random(len(lengths), 2, kv_heads, room, width, dtype=dtype)
+    before, mixed = caches.clone(), random(sum(counts), heads + 2 * kv_heads, width, dtype=dtype)
+    places = np.array(
+        [
+            (cache[0].data_ptr(), cache[1].data_ptr(), room * width, length + token)
+            for cache, length, count in zip(caches, lengths, counts, strict=True)
+            for token in range(count)
+        ],
+        dtype=np.int64,
+    )
+    out = torch.full((sum(counts), heads, width), torch.nan, dtype=dtype)
+    kernels.attention_rows(mixed, places, heads, 9, 0.4, out)
+    token = 0
+    for cache, old, length, count in zip(caches, before, lengths, counts, strict=True):
+        mine = mixed[token : token + count]
+        keys, values = mine[:, heads:].view(count, 2, kv_heads, width).permute(1, 2, 0, 3)
+        expected = torch.cat([old[:, :, :length], torch.stack([keys, values])], dim=2)
+        assert torch.equal(cache[:, :, : length + count], expected)
+        assert torch.equal(cache[:, :, length + count :], old[:, :, length + count :]), "nothing beyond is touched"
+        for number in range(count):
+            past = expected[:, :, : length + number + 1].float().repeat_interleave(heads // kv_heads, dim=1)
+            query = mine[number, :heads].float().unsqueeze(1)
+            weights = torch.softmax(0.4 * query @ past[0].transpose(1, 2), dim=-1)
+            found = out[token + number].float()
+            assert torch.allclose(found, (weights @ past[1])[:, 0], rtol=0, atol=ROUNDING[dtype] * 4)
+        token += count

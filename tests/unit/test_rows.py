@@ -127,26 +127,30 @@ def test_requests_that_come_and_go_get_what_transformers_gives(
     with local_service(EMBEDDED_MODEL, slot_memory=slot_memory, **scheduling) as service:
         engine = stepped(service)._engine
         assert service.runner.joins
-        widths: list[int] = []
-        together = service.runner.decode_together
-        service.runner.decode_together = lambda states, tokens: (  # type: ignore[method-assign]
-            widths.append(len(states)) or together(states, tokens)
+        widths: list[tuple[int, int]] = []
+        together = service.runner.read_together
+        service.runner.read_together = lambda states, tokens: (  # type: ignore[method-assign]
+            widths.append((len(states), sum(map(len, tokens)))) or together(states, tokens)
         )
         asked: list[tuple[list[int], int, Answer]] = []
         cancelled: set[int] = set()
         while len(asked) < 14 or engine.report().running:
             if len(asked) < 14 and draw.random() < 0.4:
-                prompt = [draw.randrange(20, 2000) for _ in range(draw.randrange(1, 40))]
+                prompt = [draw.randrange(20, 2000) for _ in range(draw.choice([1, 9, 33, 150]))]
+                if asked and draw.random() < 0.4:  # a chat that goes on
+                    prompt = [*asked[-1][0], *asked[-1][2].tokens, *prompt]
                 wanted = draw.randrange(1, 30)
                 asked.append((prompt, wanted, submit(service, prompt, max_tokens=wanted)))
-            if engine._running and draw.random() < 0.03:
-                victim = draw.choice(engine._running)
+            if engine._roster.running and draw.random() < 0.03:
+                victim = draw.choice(engine._roster.running)
                 engine.cancel(victim.id)
                 cancelled.add(id(victim.on_chunk.__self__))  # type: ignore[attr-defined]
             engine.step()
-        assert max(widths) >= 4 and min(widths) >= 2
+        assert max(widths)[0] >= 4 and min(widths)[0] >= 2
+        assert any(tokens > rows for rows, tokens in widths), "pieces of prompts are read beside"
         report = engine.report()
         assert (report.running, report.waiting, report.kv_bytes, report.failed) == (0, 0, 0, 0)
+        assert report.kv_set_aside_bytes == 0 and report.cached_tokens > 0
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")], caplog.text
     ties = []
     for prompt, wanted, answer in asked:
@@ -157,8 +161,9 @@ def test_requests_that_come_and_go_get_what_transformers_gives(
             assert len(answer.tokens) == wanted and answer.last.finish_reason == "length"
         if answer.tokens:
             ties += check_by_transformers(EMBEDDED_MODEL, prompt, answer.tokens)
-    print("ties:", ties)
-    assert not ties, "at most 1 in 10,000"
+    made = sum(len(answer.tokens) for *_, answer in asked)
+    print("ties:", ties, "of", made)
+    assert len(ties) <= made / 10_000
 
 
 def test_each_row_has_its_own_alpha_and_its_own_substitutions() -> None:
