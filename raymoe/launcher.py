@@ -11,8 +11,9 @@ import ray
 from raymoe.actors.session import OnStage, Session
 from raymoe.actors.tracing import ClusterTrace
 from raymoe.config import ClusterConfig
+from raymoe.engine.prompts import Prompt
 from raymoe.engine.request import Chunk, Result
-from raymoe.engine.service import ModelService, Prompt
+from raymoe.engine.service import ModelService
 from raymoe.observe.stats import ClusterStats
 
 
