@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from raymoe.serve.keys import Key
 if TYPE_CHECKING:
     from raymoe.engine.prompts import Prompt
     from raymoe.observe.stats import ClusterStats
+
+log = logging.getLogger("ray.serve")  # which Serve writes to the log of the replica
 
 FIRST_LOOK_S = 1.0  # between looks whether the engine has started
 
@@ -51,6 +54,8 @@ class Ingress:
             most_choices=trunk.max_running + trunk.max_waiting,
             keys=self._keys,
         )
+        if not self._keys.required:
+            log.warning("NO API KEYS are configured: anyone who reaches the HTTP port may ask the model anything")
         return create_app(api, lifespan)
 
     async def generate(self, prompt: "Prompt", **options: Any) -> Result:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from raymoe.config import ClusterConfig
 from raymoe.errors import ConfigError
 from raymoe.serve.keys import Key, KeyConfig, check_name, digest_of, new_key, parse_keys
 from raymoe.strict import read_mapping
@@ -58,6 +59,11 @@ class KeySource:
                 except ConfigError as error:
                     log.error("the keys stay as they were: %s", error)
             return self._fixed + self._read
+
+
+def needs_keys(config: ClusterConfig, environment: Mapping[str, str]) -> bool:
+    """Whether a server of this configuration, started here, will ask for keys."""
+    return config.serving.keys_file is not None or bool(environment.get(ENVIRONMENT))
 
 
 def read_keys(file: Path) -> tuple[Key, ...]:

@@ -32,6 +32,8 @@ COMMANDS = (
     "record",
     "simulate",
     "inspect",
+    "chat",
+    "keys",
     "status",
     "synth",
     "version",
