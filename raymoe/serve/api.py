@@ -91,7 +91,7 @@ def create_app(api: Api, lifespan: AbstractAsyncContextManager[None] | None = No
     app.get("/v1/admin/settings", response_model=None)(api.admin.settings)
     app.post("/v1/admin/settings", response_model=None)(api.admin.change)
     app.get("/health", response_model=None)(api.health)
-    describe_api(app)
+    describe_api(app, needs_keys=api.keys.required)
     return app
 
 

@@ -14,10 +14,10 @@ from raymoe.serve.errors import RETRY_AFTER_S, ApiError
 from raymoe.serve.key_source import KeySource
 from raymoe.serve.keys import Key, find
 from raymoe.serve.limits import Limits
+from raymoe.serve.openapi import OPEN_PATHS
 
 log = logging.getLogger("ray.serve")  # which Serve writes to the log of the replica
 
-OPEN_PATHS = ("/health",)
 ADMIN_PATHS = "/v1/admin/"
 
 

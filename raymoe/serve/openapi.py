@@ -48,22 +48,23 @@ ERRORS = {
     "503": "The engine is starting, restarting or gone; see Retry-After.",
     "504": "The request took longer than serving.request_timeout_s.",
 }
+OPEN_PATHS = ("/health",)  # need no key ever
 REFERENCE = "#/components/schemas/{model}"
 
 
-def describe_api(app: FastAPI) -> None:
+def describe_api(app: FastAPI, *, needs_keys: bool) -> None:
     """Let ``app`` tell the truth of itself."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = completed(plain())
+            app.openapi_schema = completed(plain(), needs_keys=needs_keys)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def completed(document: dict[str, Any]) -> dict[str, Any]:
+def completed(document: dict[str, Any], *, needs_keys: bool) -> dict[str, Any]:
     """FastAPI's document with the answers and errors of each route, and keys."""
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
@@ -76,7 +77,7 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             operation["responses"] = _responses(method, path, operation["responses"])
-            operation["security"] = [] if path == "/health" else [{}, {"key": []}]
+            operation["security"] = [{"key": []}] if needs_keys and path not in OPEN_PATHS else []
     return document
 
 
