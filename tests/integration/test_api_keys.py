@@ -9,18 +9,21 @@ from typing import Any
 import openai
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from ray import serve
+from schemathesis import GenerationMode
 
 from raymoe.config import ClusterConfig
 from raymoe.serve.app import build_application
 from raymoe.serve.key_source import add_key
+from raymoe.serve.openapi import ANSWERS
 from tests.serving import Served, run_application, serving
 from tests.waiting import WAIT_S, until
 
 pytestmark = pytest.mark.integration
 
 MODEL = "tiny-moe"
+EXAMPLES = 20  # of each operation
 MOST_TOKENS = 16  # of one answer: the server is asked a lot
 
 
@@ -160,23 +163,35 @@ def test_a_page_of_another_site_can_not_post_settings(keyed: Keyed) -> None:
 
 # --- its own description --------------------------------------------------------------------------------
 
-described = schemathesis.pytest.from_fixture("description")
-
 
 @pytest.fixture(scope="module")
 def description(keyed: Keyed) -> Any:
     return schemathesis.openapi.from_url(f"{keyed.served.url}/openapi.json", **keyed.bearer(keyed.admin))
 
 
-@described.parametrize()
-@settings(max_examples=25, suppress_health_check=list(HealthCheck))
-def test_the_server_does_what_it_says_of_itself(case: schemathesis.Case, keyed: Keyed) -> None:
-    case.call_and_validate(
-        base_url=keyed.served.url,
-        timeout=WAIT_S,
-        excluded_checks=[schemathesis.checks.positive_data_acceptance],  # the model judges some of it: names, token ids
-        **keyed.bearer(keyed.admin),
-    )
+ASKED = [(mode, method, path) for mode in GenerationMode for method, path in ANSWERS]
+
+
+@pytest.mark.parametrize(("mode", "method", "path"), ASKED)
+def test_the_server_does_what_it_says_of_itself(
+    keyed: Keyed, description: Any, mode: GenerationMode, method: str, path: str
+) -> None:
+    if mode is GenerationMode.NEGATIVE and method == "get":
+        pytest.skip("nothing to send that could be wrong")
+
+    @given(case=description[path][method.upper()].as_strategy(generation_mode=mode))
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    def check(case: schemathesis.Case) -> None:
+        case.call_and_validate(
+            base_url=keyed.served.url,
+            timeout=WAIT_S,
+            excluded_checks=[
+                schemathesis.checks.positive_data_acceptance
+            ],  # the model judges names, token ids
+            **keyed.bearer(keyed.admin),
+        )
+
+    check()
 
 
 def test_the_server_is_well_after_all_that(keyed: Keyed) -> None:
