@@ -15,6 +15,7 @@ import pytest
 import ray
 
 import raymoe
+from raymoe.chatting import AppTalker, Conversation
 from raymoe.errors import RequestError, StartError
 from tests.serving import Served, run_application, serving
 from tests.waiting import WAIT_S, until
@@ -152,6 +153,16 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(served: Served) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_chat_without_http(served: Served) -> None:
+    shown: list[str] = []
+    conversation = Conversation(AppTalker("raymoe", max_tokens=8, temperature=0.0), shown.append)
+    assert conversation.say("In the beginning")
+    answer = conversation.turns[-1]["content"]
+    assert "".join(shown) == answer + "\n"
+    body = {"messages": [{"role": "user", "content": "In the beginning"}], "max_tokens": 8, "temperature": 0}
+    assert served.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"] == answer
 
 
 def test_a_chat_with_no_server_says_so(served: Served) -> None:

@@ -185,9 +185,7 @@ def test_the_server_does_what_it_says_of_itself(
         case.call_and_validate(
             base_url=keyed.served.url,
             timeout=WAIT_S,
-            excluded_checks=[
-                schemathesis.checks.positive_data_acceptance
-            ],  # the model judges names, token ids
+            excluded_checks=[schemathesis.checks.positive_data_acceptance],  # the model judges names, token ids
             **keyed.bearer(keyed.admin),
         )
 
