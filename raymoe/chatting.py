@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import Annotated, Any, Protocol
@@ -10,6 +11,7 @@ import typer
 
 from raymoe.errors import ConfigError, RaymoeError, StartError
 
+FIRST_CHAT_TOKENS = 128  # a sign of life, not a conversation
 READ_TIMEOUT_S = 600.0  # for the next piece of an answer: an engine under load may take long
 HELP = """Type a message and Enter. /reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
 
@@ -157,6 +159,15 @@ def talk(conversation: Conversation) -> None:
             if not is_terminal:
                 raise
             typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+
+
+def stream_chat(url: str, model: str, prompt: str) -> None:
+    """Send one chat message to a server and print its answer as it comes. Raises RaymoeError where that fails."""
+    typer.secho(f"> {prompt}", dim=True)
+    talker = ServerTalker(url, os.environ.get("RAYMOE_API_KEY"), model=model, max_tokens=FIRST_CHAT_TOKENS)
+    for text in talker.answer([{"role": "user", "content": prompt}]):
+        typer.echo(text, nl=False)
+    typer.echo()
 
 
 def _texts(lines: Iterator[bytes]) -> Iterator[str]:

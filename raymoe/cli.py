@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raymoe import chatting, keys_command, measuring, plan_command, predicting, probing, recording, simulating, tracing
+from raymoe.chatting import stream_chat
 from raymoe.errors import CheckpointError, ConfigError, RaymoeError, RequestError, StartError
 from raymoe.observe import terminal
 
@@ -27,8 +28,6 @@ HELP = """Serve a Mixture-of-Experts language model over a Ray cluster of small,
 The trunk of the model runs on one device; its routed experts are spread over the memory of many, and pass through
 small slots just in time. Where a command needs a model and none is named, the small embedded one is used.
 """
-
-FIRST_CHAT_TOKENS = 128  # a sign of life, not a conversation
 
 
 class Commands(typer.core.TyperGroup):
@@ -372,15 +371,6 @@ def slot_budgets(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
         {"holds": name, "bytes": budget, "experts": sum(share_slots("inspect", budget, kinds, owned))}
         for name, budget in wanted.items()
     ]
-
-
-def stream_chat(url: str, model: str, prompt: str) -> None:
-    """Send one chat message to a server and print its answer as it comes. Raises RaymoeError where that fails."""
-    typer.secho(f"> {prompt}", dim=True)
-    talker = chatting.ServerTalker(url, os.environ.get("RAYMOE_API_KEY"), model=model, max_tokens=FIRST_CHAT_TOKENS)
-    for text in talker.answer([{"role": "user", "content": prompt}]):
-        typer.echo(text, nl=False)
-    typer.echo()
 
 
 def warn_of_open_door(cluster: "ClusterConfig", host: str) -> None:

@@ -28,11 +28,21 @@ class Guard:
     HTTP's own Basic form, which browsers ask people for. Requests that cost work (POST, but for settings) count against
     the key's limits until their answer has been sent. Where none are configured, everybody may ask, and settings are
     changed from this machine only.
+
+    Args:
+        open_paths: need no key ever; one that ends in a slash opens what is below it, but "/" itself only.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeySource, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: KeySource,
+        clock: Callable[[], float] = time.monotonic,
+        open_paths: tuple[str, ...] = OPEN_PATHS,
+    ) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = open_paths
         self._limits = Limits(clock)
         self._warned = False
 
@@ -43,7 +53,7 @@ class Guard:
             return
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if path in OPEN_PATHS:
+        if is_open(path, self._open_paths):
             await self._app(scope, receive, send)
         elif self._keys.required:
             await self._by_key(scope, receive, send, path, headers)
@@ -94,6 +104,12 @@ class Guard:
         if not self._warned and not is_local(scope, headers):
             self._warned = True
             log.warning("requests come from other machines, and NO API KEYS are configured: anyone may ask anything")
+
+
+def is_open(path: str, open_paths: tuple[str, ...]) -> bool:
+    """Whether a path needs no key: it is one of those, or lies below one that ends in a slash (but for "/" itself)."""
+    folders = tuple(folder for folder in open_paths if folder.endswith("/") and folder != "/")
+    return path in open_paths or path.startswith(folders)
 
 
 def presented_key(authorization: str) -> str | None:

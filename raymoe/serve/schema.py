@@ -87,8 +87,9 @@ class StreamOptions(Schema):
 class GenerationRequest(Schema):
     """What chat and text completion share.
 
-    ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``, ``ignore_eos`` and ``grammar`` are extensions that
-    other servers have too; ``quality`` is this one's own.
+    ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``, ``ignore_eos``, ``grammar`` and ``priority`` are
+    extensions that other servers have too; ``quality`` is this one's own. Over HTTP nobody can push ahead of others:
+    priorities below 0 are for Python.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -116,6 +117,7 @@ class GenerationRequest(Schema):
         description='How freely experts may be replaced: "exact", "balanced", "fast", or an alpha from 0 to the '
         "server's scheduling.alpha_max; omitted: as the server is configured.",
     )
+    priority: int | None = Field(None, ge=0, le=1000, description="More is later: a step of one is 10 s of waiting.")
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
@@ -159,6 +161,7 @@ class GenerationRequest(Schema):
             grammar=self.grammar,
             json_schema=schema,
             quality=cast("Quality | None", self.quality),
+            priority=self.priority or 0,
         )
 
 

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from raymoe.config import ClusterConfig
 from raymoe.errors import ConfigError
-from raymoe.serve.guard import Guard, is_local, is_loopback, presented_key
+from raymoe.serve.guard import Guard, is_local, is_loopback, is_open, presented_key
 from raymoe.serve.key_source import ENVIRONMENT, KeySource, add_key, environment_keys, needs_keys, read_keys
 from raymoe.serve.keys import Key, digest_of, find, new_key, parse_keys
 from raymoe.serve.limits import Limits
@@ -73,6 +73,15 @@ def test_everything_is_closed_without_a_key(path: str) -> None:
     assert answer.headers["www-authenticate"] == "Bearer"
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("/", True), ("/page/a.js", True), ("/health", True), ("/page", False), ("/v1/stats", False), ("/pages/x", False),
+     ("/healthy", False), ("/health/", False), ("//health", False), ("", False)],
+)  # fmt: skip
+def test_what_is_open(path: str, expected: bool) -> None:
+    assert is_open(path, ("/health", "/", "/page/")) == expected
 
 
 def test_health_is_open() -> None:

@@ -53,6 +53,7 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
         "frequency_penalty": -0.1,
         "quality": "fast",
         "grammar": "start: /a+/",
+        "priority": 3,
         "logit_bias": {"5": -100, "6": 0.5},
     }
     read = {"stop": ("a", "b"), "stop_token_ids": (5, 6), "logit_bias": {5: -100, 6: 0.5}}
@@ -143,6 +144,7 @@ def test_defaults_of_what_is_not_supported_are_welcome(harmless: dict[str, Any])
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"priority": -1}, "greater than or equal to 0"),
         ({"n": 9}, "less than or equal to 8"),
         ({"n": 0}, "greater than or equal to 1"),
         ({"tools": [{"type": "function"}]}, "tools.0.function"),
