@@ -23,6 +23,7 @@ from raymoe.engine.request import SamplingParams, TokenLogprob
 from raymoe.types import SamplingRecipe
 
 MASK = (1 << 64) - 1
+LEAST_LOGPROB = -9999.0  # OpenAI's; JSON has no infinity, which a model may give tokens that it never uses
 NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -157,7 +158,7 @@ def mixed(seed: int, number: int) -> int:
 
 def logprob_of(scores_V: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
     """The log probability of ``token`` before biases, grammar, temperature and cut-offs, and of the best others."""
-    logprobs_V = torch.log_softmax(scores_V, dim=-1)
+    logprobs_V = torch.log_softmax(scores_V, dim=-1).clamp(min=LEAST_LOGPROB)
     best = torch.topk(logprobs_V, min(alternatives, len(logprobs_V))) if alternatives else None
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else ()
     return TokenLogprob(token_id=token, logprob=float(logprobs_V[token]), top=top)

@@ -83,6 +83,14 @@ def test_log_probabilities_are_told_without_biases_and_grammar() -> None:
     assert biased.logprob == pytest.approx(torch.log_softmax(logits(1), 0)[7].item())
 
 
+def test_a_token_that_the_model_never_gives_has_a_finite_log_probability() -> None:
+    row = torch.tensor([0.0, -torch.inf])
+    forced = Sampler(SamplingParams(logit_bias={0: -100}, logprobs=2), SamplingDefaults(temperature=0.0))
+    _, told = forced.choose(row, [0], [])
+    assert told is not None
+    assert told.top == ((0, 0.0), (1, -9999.0))
+
+
 @pytest.mark.parametrize(
     ("bias", "words"),
     [
