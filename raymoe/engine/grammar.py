@@ -65,6 +65,8 @@ class Grammars:
                 param="grammar",
             )
         matcher = LLMatcher(self._tokens_of_the_model(), grammar, log_level=0)
+        if not matcher.is_error():
+            matcher.compute_logit_bias()  # some are found to be too large here only
         if matcher.is_error():
             raise RequestError(f"this grammar or schema can't be used: {_told(matcher.get_error())}", param="grammar")
         return GrammarState(matcher)

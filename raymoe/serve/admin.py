@@ -8,7 +8,7 @@ from raymoe.config import FIXED_SCHEDULING, SchedulingConfig
 from raymoe.errors import ConfigError, RequestError
 from raymoe.serve.backend import Backend
 from raymoe.serve.errors import unwrap
-from raymoe.serve.fields import Schema
+from raymoe.serve.fields import JsonObject, Schema
 
 
 def _settings_json() -> dict[str, Any]:
@@ -23,7 +23,7 @@ class SettingsRequest(Schema):
 
     model_config = ConfigDict(extra="forbid")
 
-    scheduling: Annotated[dict[str, Any], WithJsonSchema(_settings_json())] = Field(
+    scheduling: Annotated[JsonObject, WithJsonSchema(_settings_json())] = Field(
         description="Fields of scheduling to change, as in the cluster configuration; the others stay."
     )
 

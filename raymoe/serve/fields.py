@@ -8,6 +8,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from raymoe.config import QUALITIES
 
 MAX_LOGIT_BIAS = 1024  # tokens; as many as the engine takes
+MAX_DEPTH = 64  # of a JSON schema: objects and lists within each other
 
 
 class Schema(BaseModel):
@@ -31,6 +32,21 @@ def check_text(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(check_text)]
+
+
+def check_depth(value: Any) -> Any:
+    """Refuse JSON that is nested so deeply that it can't be handed on, and that no grammar can follow anyway."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+        inner = (item for part in level for item in (part.values() if isinstance(part, dict) else part))
+        level = [item for item in inner if isinstance(item, (dict, list))]
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(check_depth)]
 
 
 class Only:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raymoe.serve.fields import Schema, Text
+from raymoe.serve.fields import JsonObject, Schema, Text
 
 FUNCTION_NAME = r"^[A-Za-z0-9_-]{1,64}$"
 
@@ -14,7 +14,7 @@ class FunctionSpec(Schema):
 
     name: Annotated[str, Field(pattern=FUNCTION_NAME)]
     description: Text | None = None
-    parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments.")
+    parameters: JsonObject | None = Field(None, description="JSON schema of its arguments.")
     strict: bool | None = Field(None, description="Without effect: calls that must be made always follow the schema.")
 
 
@@ -61,7 +61,7 @@ class NamedSchema(Schema):
 
     name: Annotated[str, Field(pattern=FUNCTION_NAME)]
     description: Text | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: JsonObject | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="Without effect: answers always follow the schema.")
 
 

@@ -159,6 +159,7 @@ def test_json_may_be_indented_but_not_without_end() -> None:
         ({"grammar": "start: nothing"}, "unknown name", "grammar"),
         ({"json_schema": {"type": "nothing"}}, "Invalid type: nothing", "grammar"),
         ({"json_schema": {"$ref": "http://127.0.0.1:1/x"}}, "does not fetch", "grammar"),
+        ({"grammar": 'start: a{1000}\na: b{1000}\nb: c{1000}\nc: "x"'}, "Too many items", "grammar"),
         ({"json_schema": "string"}, "a mapping, true or false", "json_schema"),
         ({"json_schema": {}, "grammar": 'start: "a"'}, "not both", "grammar"),
         ({"json_schema": {}, "ignore_eos": True}, "has an end", "ignore_eos"),

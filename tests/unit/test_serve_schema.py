@@ -9,6 +9,9 @@ from raymoe.engine.request import SamplingParams
 from raymoe.serve.schema import ChatRequest, CompletionRequest
 
 USER = [{"role": "user", "content": "hi"}]
+DEEP: dict[str, Any] = {}
+for _ in range(64):
+    DEEP = {"items": DEEP}
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}},
     {"type": "function", "function": {"name": "time", "description": "what time it is"}},
@@ -154,6 +157,7 @@ def test_defaults_of_what_is_not_supported_are_welcome(harmless: dict[str, Any])
         ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "exclude each other"),
         ({"response_format": {"type": "yaml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": DEEP}}}, "64 levels deep"),
         ({"functions": [{"name": "f"}]}, '"functions" is not supported here beyond its default; use "tools"'),
         ({"audio": {"voice": "alto"}}, "writes text only"),
         ({"logit_bias": {"five": 1}}, "'five' is no token id"),
@@ -259,3 +263,8 @@ def test_a_turn_that_called_a_tool_needs_no_content_and_the_developer_is_the_sys
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "noon"},
     ]
+
+
+def test_a_schema_may_be_as_deep_as_the_limit() -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": DEEP["items"]}}
+    assert chat(response_format=form).sampling.json_schema == DEEP["items"]
