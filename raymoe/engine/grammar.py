@@ -65,11 +65,11 @@ class Grammars:
                 param="grammar",
             )
         matcher = LLMatcher(self._tokens_of_the_model(), grammar, log_level=0)
-        if not matcher.is_error():
-            matcher.compute_logit_bias()  # some are found to be too large here only
         if matcher.is_error():
             raise RequestError(f"this grammar or schema can't be used: {_told(matcher.get_error())}", param="grammar")
-        return GrammarState(matcher)
+        state = GrammarState(matcher)
+        state.allowed_V([], self.vocabulary)  # some turn out to allow nothing only when it comes to a token
+        return state
 
     def _tokens_of_the_model(self) -> LLTokenizer:
         """Built at the first use, as it takes about a second for a large vocabulary."""

@@ -159,7 +159,7 @@ def test_json_may_be_indented_but_not_without_end() -> None:
         ({"grammar": "start: nothing"}, "unknown name", "grammar"),
         ({"json_schema": {"type": "nothing"}}, "Invalid type: nothing", "grammar"),
         ({"json_schema": {"$ref": "http://127.0.0.1:1/x"}}, "does not fetch", "grammar"),
-        ({"grammar": 'start: a{1000}\na: b{1000}\nb: c{1000}\nc: "x"'}, "Too many items", "grammar"),
+        ({"json_schema": {"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}}, "can't", "grammar"),
         ({"json_schema": "string"}, "a mapping, true or false", "json_schema"),
         ({"json_schema": {}, "grammar": 'start: "a"'}, "not both", "grammar"),
         ({"json_schema": {}, "ignore_eos": True}, "has an end", "ignore_eos"),
@@ -170,6 +170,13 @@ def test_wrong_grammars_are_told(params: dict[str, Any], words: str, param: str)
     with pytest.raises(RequestError, match=words) as caught:
         sampler(**params)
     assert caught.value.param == param
+
+
+def test_a_grammar_that_grows_too_large_ends_its_answer_with_an_error() -> None:
+    chooser = sampler(grammar='start: a{1000}\na: b{1000}\nb: c{1000}\nc: "x"')
+    with pytest.raises(RequestError, match=r"can't go on.*Too many items") as caught:
+        answer_of(chooser, 1)
+    assert caught.value.param == "grammar"
 
 
 def test_models_without_tokenizer_or_end_follow_no_grammar() -> None:
