@@ -37,6 +37,14 @@ ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("get", "/health"): HealthAnswer,
 }
 STREAMS = ("/v1/chat/completions", "/v1/completions")
+EVENT = {
+    "type": "object",
+    "description": "One event of a stream.",
+    "properties": {
+        "data": {"type": "string", "description": "A chunk or an error as JSON; of the last event, [DONE]."}
+    },
+    "required": ["data"],
+}
 ERRORS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "No API key, or an incorrect one.",
@@ -87,7 +95,7 @@ def _responses(method: str, path: str, known: dict[str, Any]) -> dict[str, Any]:
     if (method, path) in ANSWERS:
         content = {"application/json": _schema(ANSWERS[method, path])}
         if path in STREAMS:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {"schema": EVENT}
         responses["200"] = {"description": "The answer.", "content": content}
     told = {"application/json": _schema(ErrorAnswer)}
     for status, description in ERRORS.items():

@@ -45,11 +45,20 @@ def test_routes_do_what_they_say(mode: GenerationMode, method: str, path: str) -
     description: Any = schemathesis.openapi.from_asgi("/openapi.json", APP)
 
     @given(case=description[path][method.upper()].as_strategy(generation_mode=mode))
-    @settings(max_examples=30, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
     def check(case: schemathesis.Case) -> None:
         case.call_and_validate(excluded_checks=[schemathesis.checks.positive_data_acceptance])
 
     check()
+
+
+@pytest.mark.parametrize("path", JUDGED_BY_THE_ENGINE)
+def test_streams_are_what_is_said_of_them(path: str) -> None:
+    description: Any = schemathesis.openapi.from_asgi("/openapi.json", APP)
+    body = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+    case = description[path]["POST"].Case(body={**body, "stream": True}, media_type="application/json")
+    answer = case.call_and_validate(excluded_checks=[schemathesis.checks.positive_data_acceptance])
+    assert answer.headers["content-type"][0].startswith("text/event-stream")
 
 
 def test_every_route_is_described_and_none_by_fastapis_own_errors() -> None:
