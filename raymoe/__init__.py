@@ -7,9 +7,10 @@ from raymoe.config import ClusterConfig
 
 if TYPE_CHECKING:
     from raymoe.launcher import Moe, launch
+    from raymoe.serve.connection import Connection, connect
 
 __version__ = "0.1.0"
-__all__ = ["ClusterConfig", "Moe", "errors", "launch"]
+__all__ = ["ClusterConfig", "Connection", "Moe", "connect", "errors", "launch"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from raymoe import launcher
 
         return getattr(launcher, name)
+    if name in ("Connection", "connect"):
+        from raymoe.serve import connection
+
+        return getattr(connection, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

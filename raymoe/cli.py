@@ -5,6 +5,7 @@ torch, Ray and transformers are imported inside the commands that need them, so 
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymoe import benching, measuring, plan_command, predicting, probing, recording, simulating, tracing
+from raymoe import (
+    benching,
+    chatting,
+    keys_command,
+    measuring,
+    plan_command,
+    predicting,
+    probing,
+    recording,
+    simulating,
+    tracing,
+)
+from raymoe.chatting import stream_chat
 from raymoe.errors import CheckpointError, ConfigError, RaymoeError, RequestError, StartError
 from raymoe.observe import terminal
 
@@ -26,8 +39,6 @@ HELP = """Serve a Mixture-of-Experts language model over a Ray cluster of small,
 The trunk of the model runs on one device; its routed experts are spread over the memory of many, and pass through
 small slots just in time. Where a command needs a model and none is named, the small embedded one is used.
 """
-
-FIRST_CHAT_TOKENS = 128  # a sign of life, not a conversation
 
 
 class Commands(typer.core.TyperGroup):
@@ -107,6 +118,7 @@ def serve(
         progress.stage("loading raymoe")
         from raymoe.serve.foreground import serve_in_foreground
 
+        warn_of_open_door(cluster, host)
         serve_in_foreground(
             cluster, name=name, host=host, port=port, on_stage=progress.stage, on_ready=on_ready, verbose=ctx.obj
         )
@@ -170,6 +182,9 @@ def status(
     else:
         terminal.show_status(stats)
 
+
+app.command()(chatting.chat)
+app.add_typer(keys_command.app, name="keys")
 
 # --- measuring a model ----------------------------------------------------------------------------------
 
@@ -370,36 +385,19 @@ def slot_budgets(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
     ]
 
 
-def stream_chat(url: str, model: str, prompt: str) -> None:
-    """Send one chat message to a server and print its answer as it comes. Raises StartError where that fails."""
-    import urllib.error
-    import urllib.request
+def warn_of_open_door(cluster: "ClusterConfig", host: str) -> None:
+    """A loud word where others can reach the server and need no key."""
+    from raymoe.serve.guard import is_loopback
+    from raymoe.serve.key_source import needs_keys
 
-    messages = [{"role": "user", "content": prompt}]
-    body = {"model": model, "stream": True, "max_tokens": FIRST_CHAT_TOKENS, "messages": messages}
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    typer.secho(f"> {prompt}", dim=True)
-    try:
-        with urllib.request.urlopen(request, timeout=120) as response:
-            for line in response:
-                text = line.decode().removeprefix("data: ").strip()
-                if text and text != "[DONE]":
-                    show_event(json.loads(text))
-    except urllib.error.HTTPError as error:
-        raise StartError(f"the chat request failed: {error.read().decode(errors='replace')}") from error
-    except OSError as error:
-        raise StartError(f"the chat request failed: {error}") from error
-    typer.echo()
-
-
-def show_event(event: dict[str, Any]) -> None:
-    """Print the text of one streamed event. Raises StartError for an error event."""
-    if "error" in event:
-        raise StartError(f"the chat request failed: {event['error'].get('message')}")
-    for choice in event.get("choices", ()):
-        typer.echo(choice.get("delta", {}).get("content") or "", nl=False)
+    if not is_loopback(host) and not needs_keys(cluster, os.environ):
+        typer.secho(
+            f"WARNING: listening on {host} WITHOUT API KEYS: anyone who reaches it may ask the model anything.\n"
+            "Make a key with `raymoe keys new NAME`, and name its file as serving.keys_file.",
+            fg=typer.colors.RED,
+            bold=True,
+            err=True,
+        )
 
 
 if __name__ == "__main__":

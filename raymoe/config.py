@@ -346,6 +346,11 @@ class ServingConfig(StrictModel):
 
     max_output_tokens: int = Field(4096, ge=1, description="Upper limit for max_tokens of one request.")
     request_timeout_s: float = Field(600.0, gt=0, description="A request that takes longer is ended.")
+    keys_file: str | None = Field(
+        None,
+        description="File of API keys on the ingress's node, made by `raymoe keys new`; requests then need a key. More "
+        "may come from the environment variable RAYMOE_API_KEYS. docs/api.md says more.",
+    )
 
 
 class ClusterConfig(StrictModel):

@@ -11,8 +11,9 @@ import ray
 from raymoe.actors.session import OnStage, Session
 from raymoe.actors.tracing import ClusterTrace
 from raymoe.config import ClusterConfig
+from raymoe.engine.prompts import Prompt
 from raymoe.engine.request import Chunk, Result
-from raymoe.engine.service import ModelService, Prompt
+from raymoe.engine.service import ModelService
 from raymoe.observe.stats import ClusterStats
 
 
@@ -27,10 +28,10 @@ class Moe:
         """A whole answer to a text, token ids, or chat messages.
 
         ``options``: max_tokens (128), temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, ignore_eos,
-        repetition_penalty, presence_penalty, frequency_penalty, logprobs, and quality ("exact", "balanced", "fast", or
-        an alpha from 0 to scheduling.alpha_max: how freely experts may be substituted under policies importance and
-        joint). Raises RequestError for bad ones. ``result.routing`` tells what the expert calls cost, and how much was
-        substituted.
+        repetition_penalty, presence_penalty, frequency_penalty, logprobs, logit_bias, json_schema or grammar (which the
+        answer must follow), priority, and quality ("exact", "balanced", "fast", or an alpha from 0 to
+        scheduling.alpha_max: how freely experts may be substituted under policies importance and joint). Raises
+        RequestError for bad ones. ``result.routing`` tells what the expert calls cost, and how much was substituted.
         """
         return self._session.service.generate(prompt, **options)
 

@@ -1,6 +1,8 @@
 """What a client asks for, and what it gets: plain records, no behaviour."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from raymoe.config import Quality
 from raymoe.types import Routing
@@ -16,6 +18,9 @@ class SamplingParams:
         stop: strings that end the answer; they are not part of it.
         stop_token_ids: token ids that end the answer, beside the model's own end of sequence.
         logprobs: how many alternatives to report per token; None reports nothing, 0 the chosen token only.
+        logit_bias: added to the logits of these tokens, from -100 (never) to 100 (nothing else).
+        grammar: which the answer must follow, in llguidance's Lark form; see ``raymoe.engine.lark``.
+        json_schema: of the JSON value that the answer must be: a short way to a grammar.
         quality: "exact", "balanced", "fast", or an alpha: how freely experts may be substituted under policies
             importance and joint; None as the server is configured.
         priority: less is sooner, from -1000 to 1000; a step of one is worth 10 s of waiting.
@@ -34,8 +39,24 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: str | None = None
+    json_schema: Mapping[str, Any] | bool | None = None
     quality: Quality | None = None
     priority: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A conversation as a prompt, with what its template takes beside messages.
+
+    Attributes:
+        messages: {"role", "content"}, and "tool_calls", "tool_call_id" and "name" where they have them.
+        tools: functions that the model may call, as OpenAI's API and chat templates describe them.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

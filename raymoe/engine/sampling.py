@@ -3,7 +3,6 @@
 V vocabulary.
 """
 
-import math
 import secrets
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,30 +17,40 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from raymoe.engine.constraints import Constraints, check_range
+from raymoe.engine.grammar import Grammars
 from raymoe.engine.request import SamplingParams, TokenLogprob
-from raymoe.errors import RequestError
 from raymoe.types import SamplingRecipe
 
 MASK = (1 << 64) - 1
+LEAST_LOGPROB = -9999.0  # OpenAI's; JSON has no infinity, which a model may give tokens that it never uses
+NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingDefaults:
-    """What applies where a request says nothing: the model's generation_config.json, else OpenAI's defaults."""
+    """What a model brings to the choice of its tokens.
+
+    Numbers apply where a request says nothing: the model's generation_config.json's, else OpenAI's defaults.
+
+    Attributes:
+        grammars: makes grammars for the model's tokens; None: answers can't follow any.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    grammars: Grammars | None = None
 
     @classmethod
-    def from_generation_config(cls, raw: dict) -> "SamplingDefaults":
+    def from_generation_config(cls, raw: dict, grammars: Grammars | None = None) -> "SamplingDefaults":
         """From the file's own entries; ``do_sample: false`` means greedy."""
-        known = {name: raw[name] for name in cls.__dataclass_fields__ if isinstance(raw.get(name), (int, float))}
+        known = {name: raw[name] for name in NUMBERS if isinstance(raw.get(name), (int, float))}
         if raw.get("do_sample") is False:
             known["temperature"] = 0.0
-        return cls(**known)
+        return cls(**known, grammars=grammars)
 
 
 class Sampler:
@@ -61,16 +70,17 @@ class Sampler:
             value = getattr(params, name)
             return getattr(defaults, name) if value is None else value
 
-        temperature = _within("temperature", chosen("temperature"), 0.0, 2.0)
-        top_p = _within("top_p", chosen("top_p"), 0.0, 1.0)
-        min_p = _within("min_p", chosen("min_p"), 0.0, 1.0)
-        top_k = int(_within("top_k", chosen("top_k"), -1, 1 << 31))
-        repetition = _within("repetition_penalty", chosen("repetition_penalty"), 0.01, 10.0)
-        self._presence = _within("presence_penalty", params.presence_penalty, -2.0, 2.0)
-        self._frequency = _within("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
+        temperature = check_range("temperature", chosen("temperature"), 0.0, 2.0)
+        top_p = check_range("top_p", chosen("top_p"), 0.0, 1.0)
+        min_p = check_range("min_p", chosen("min_p"), 0.0, 1.0)
+        top_k = int(check_range("top_k", chosen("top_k"), -1, 1 << 31))
+        repetition = check_range("repetition_penalty", chosen("repetition_penalty"), 0.01, 10.0)
+        self._presence = check_range("presence_penalty", params.presence_penalty, -2.0, 2.0)
+        self._frequency = check_range("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
         self._logprobs = params.logprobs
         if params.logprobs is not None:
-            _within("logprobs", params.logprobs, 0, 20)
+            check_range("logprobs", params.logprobs, 0, 20)
+        self._constraints = Constraints(params, defaults.grammars)
         self._greedy = temperature == 0.0
         self._processors = LogitsProcessorList()
         if repetition != 1.0:
@@ -123,10 +133,11 @@ class Sampler:
             scores_1V = scores_1V.clone()
             counts_V = torch.bincount(torch.tensor(answer), minlength=scores_1V.shape[1])[: scores_1V.shape[1]]
             scores_1V -= self._frequency * counts_V + self._presence * (counts_V > 0)
+        choices_1V = self._constraints.apply(scores_1V, answer)
         if self._greedy:
-            token = int(scores_1V.argmax())
+            token = int(choices_1V.argmax())
         else:
-            probabilities = torch.softmax(self._warpers(_ids(prompt, answer), scores_1V), dim=-1)
+            probabilities = torch.softmax(self._warpers(_ids(prompt, answer), choices_1V), dim=-1)
             token = self._draw(probabilities[0], number)
         return token, None if self._logprobs is None else logprob_of(scores_1V[0], token, self._logprobs)
 
@@ -146,8 +157,8 @@ def mixed(seed: int, number: int) -> int:
 
 
 def logprob_of(scores_V: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
-    """The log probability of ``token`` before temperature and cut-offs, and of the best alternatives."""
-    logprobs_V = torch.log_softmax(scores_V, dim=-1)
+    """The log probability of ``token`` before biases, grammar, temperature and cut-offs, and of the best others."""
+    logprobs_V = torch.log_softmax(scores_V, dim=-1).clamp(min=LEAST_LOGPROB)
     best = torch.topk(logprobs_V, min(alternatives, len(logprobs_V))) if alternatives else None
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else ()
     return TokenLogprob(token_id=token, logprob=float(logprobs_V[token]), top=top)
@@ -155,9 +166,3 @@ def logprob_of(scores_V: torch.Tensor, token: int, alternatives: int) -> TokenLo
 
 def _ids(prompt: list[int], answer: list[int]) -> Any:
     return torch.tensor([prompt + answer])
-
-
-def _within(name: str, value: float, low: float, high: float) -> float:
-    if not isinstance(value, (int, float)) or math.isnan(value) or not low <= value <= high:
-        raise RequestError(f"{name} is {value!r}, allowed is {low:g} to {high:g}", param=name)
-    return value

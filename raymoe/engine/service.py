@@ -27,8 +27,10 @@ from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.drafting import Drafting
 from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
 from raymoe.engine.foresight import Foresight, ShadowLink
+from raymoe.engine.grammar import Grammars
 from raymoe.engine.joint import JointScheduler
 from raymoe.engine.profile import load_similarity
+from raymoe.engine.prompts import Prompt, Prompts, is_chat
 from raymoe.engine.record import RecordingScheduler, recording
 from raymoe.engine.request import Chunk, Result, SamplingParams, collect
 from raymoe.engine.sampling import SamplingDefaults
@@ -55,16 +57,13 @@ from raymoe.observe.trace import MAIN, Recording, Tracer
 
 log = logging.getLogger(__name__)
 
-Prompt = str | list[int] | list[dict[str, Any]]
-"""Text, token ids, or chat messages ({"role", "content"})."""
-
 CHAT_REPETITION_PENALTY = 1.1  # greedy chat of the small embedded model would otherwise repeat itself
 DEFAULT_MAX_TOKENS = 128  # of generate and stream, which unlike the HTTP API have no default of OpenAI's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What clients may know of the served model; sizes in bytes."""
+    """What clients may know of the served model; sizes in bytes. ``tool_format`` is as in ``Prompts``."""
 
     name: str
     architecture: str
@@ -75,6 +74,7 @@ class ModelCard:
     top_k: int
     trunk_bytes: int
     routed_bytes: int
+    tool_format: str | None = None
 
 
 class ModelService:
@@ -125,10 +125,13 @@ class ModelService:
             self._captured = captured_decode(self.runner, experts, checkpoint, sites, gpu_kernels)
             self.runner.captured = self._captured
         self.tokenizer = load_tokenizer(checkpoint)
+        self.prompts = Prompts(self.tokenizer, checkpoint.path)
         raw = generation_config(checkpoint)
-        self.defaults = SamplingDefaults.from_generation_config(raw)
-        self.chat_defaults = self._chat_defaults(raw)
         text_config = checkpoint.config.get_text_config()
+        ends = end_tokens(raw, text_config)
+        grammars = Grammars(self.tokenizer, text_config.vocab_size, ends)
+        self.defaults = SamplingDefaults.from_generation_config(raw, grammars)
+        self.chat_defaults = self._chat_defaults(raw)
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         drafting, self._drafts = self._drafting(dispatcher, text_config.vocab_size)
         self._engine = Engine(
@@ -138,7 +141,7 @@ class ModelService:
             config.scheduling,
             tokenizer=self.tokenizer,
             defaults=self.defaults,
-            end_tokens=end_tokens(raw, text_config),
+            end_tokens=ends,
             context=self.context,
             vocabulary=text_config.vocab_size,
             max_output_tokens=config.serving.max_output_tokens,
@@ -247,36 +250,13 @@ class ModelService:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises RequestError for what is neither text, token ids nor chat messages."""
-        if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
-            return prompt  # type: ignore[return-value]
-        if self.tokenizer is None:
-            raise RequestError(f"{self.checkpoint.path} has no tokenizer; send token ids", param="prompt")
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if is_chat(prompt):
-            return self._encode_chat(prompt)  # type: ignore[arg-type]
-        raise RequestError("a prompt is a text, a list of token ids, or a list of chat messages", param="prompt")
-
-    def _encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        assert self.tokenizer is not None
-        if self.tokenizer.chat_template is None:
-            raise RequestError(f"{self.checkpoint.path} has no chat template; use text completion", param="messages")
-        for message in messages:
-            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise RequestError('a chat message needs "role" and "content", both texts', param="messages")
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like, for example on roles out of order
-            raise RequestError(
-                f"the model's chat template refuses these messages: {error}", param="messages"
-            ) from error
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.prompts.encode(prompt)
 
     def _chat_defaults(self, raw: dict[str, Any]) -> SamplingDefaults:
         embedded = self.checkpoint.path.resolve() == EMBEDDED_MODEL.resolve()
         if not embedded or "repetition_penalty" in raw:
             return self.defaults
-        return SamplingDefaults.from_generation_config({**raw, "repetition_penalty": CHAT_REPETITION_PENALTY})
+        return replace(self.defaults, repetition_penalty=CHAT_REPETITION_PENALTY)
 
     # --- looking ----------------------------------------------------------------------------------------
 
@@ -294,6 +274,7 @@ class ModelService:
             top_k=max(layer.top_k for layer in layers),
             trunk_bytes=self.checkpoint.trunk_bytes,
             routed_bytes=self.checkpoint.routed_bytes,
+            tool_format=self.prompts.tool_format,
         )
 
     @property
@@ -373,11 +354,6 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     values["stop_token_ids"] = tuple(values.get("stop_token_ids") or ())
     return SamplingParams(**values)
-
-
-def is_chat(prompt: Any) -> bool:
-    """Whether a prompt is a list of chat messages."""
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(item, dict) for item in prompt)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

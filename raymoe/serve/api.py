@@ -1,85 +1,48 @@
-"""The routes of OpenAI's API over an engine. Knows no Ray: the engine is whatever answers like ``EngineClient``."""
+"""The web application over an engine. Knows no Ray: the engine is whatever answers like ``EngineClient``."""
 
 import time
-from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from raymoe.engine.request import SamplingParams
 from raymoe.errors import RaymoeError
-from raymoe.serve.batch import Batch, merge
+from raymoe.serve.admin import Admin
+from raymoe.serve.answering import Answering
+from raymoe.serve.backend import Backend
 from raymoe.serve.body_limit import BodyLimit
-from raymoe.serve.errors import ModelNotFoundError, describe
-from raymoe.serve.render import ChatRenderer, CompletionRenderer, Renderer
-from raymoe.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
-from raymoe.serve.streaming import EventStream, events
-
-if TYPE_CHECKING:
-    from raymoe.engine.service import Prompt
-    from raymoe.observe.stats import ClusterStats
+from raymoe.serve.errors import describe
+from raymoe.serve.guard import Guard
+from raymoe.serve.key_source import KeySource
+from raymoe.serve.openapi import describe_api
+from raymoe.serve.tokens import Tokens
 
 MAX_BODY_BYTES = 8 << 20  # a prompt of a million tokens takes about 4 MB as text, 7 MB as token ids
-
-
-class Backend(Protocol):
-    """What answers."""
-
-    def stream(self, prompt: "Prompt", params: SamplingParams | Mapping[str, Any]) -> AsyncGenerator[Batch]:
-        """Batches of an answer. Closing the iterator cancels the request."""
-        ...
-
-    async def card(self) -> dict[str, Any]:
-        """The model. Raises RaymoeError where generation does not work."""
-        ...
-
-    async def stats(self) -> "ClusterStats":
-        """Devices and engine. Raises RaymoeError where the engine does not answer."""
-        ...
+MOST_CHOICES = 64  # of one request, where the engine would hold more
 
 
 class Api:
-    """What the routes do."""
+    """What the routes do.
 
-    def __init__(self, backend: Backend, model: str) -> None:
+    Args:
+        model: the served model's name.
+        most_choices: answers of one request that the engine could hold at a time.
+        keys: who may ask; None: everybody.
+    """
+
+    def __init__(
+        self, backend: Backend, model: str, *, most_choices: int = MOST_CHOICES, keys: KeySource | None = None
+    ) -> None:
         self._backend = backend
         self._model = model
         self._created = int(time.time())
-
-    async def chat(self, request: ChatRequest) -> Response:
-        """POST /v1/chat/completions."""
-        renderer = ChatRenderer(self._model, include_usage=request.include_usage, logprobs=bool(request.logprobs))
-        return await self._answer(request, request.conversation, request.sampling, renderer)
-
-    async def complete(self, request: CompletionRequest) -> Response:
-        """POST /v1/completions."""
-        renderer = CompletionRenderer(
-            self._model, include_usage=request.include_usage, logprobs=request.logprobs is not None
-        )
-        return await self._answer(request, request.prompt, request.sampling, renderer)
-
-    async def _answer(
-        self, request: GenerationRequest, prompt: "Prompt", params: SamplingParams, renderer: Renderer
-    ) -> Response:
-        """Wait for the first batch, so that what goes wrong until then has its own HTTP status."""
-        try:
-            self._check_model(request.model)
-            batches = self._backend.stream(prompt, params)
-            if not request.stream:
-                return JSONResponse(renderer.whole(merge([batch async for batch in batches])))
-            first = await anext(batches)
-        except Exception as error:  # the edge of the process
-            return describe(error).response()
-        body = events(first, batches, renderer, include_usage=request.include_usage)
-        return EventStream(body, batches)
-
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._model:
-            raise ModelNotFoundError(f'the model "{name}" does not exist; "{self._model}" is served here')
+        self.keys = keys or KeySource()
+        self.answering = Answering(backend, model, min(most_choices, MOST_CHOICES))
+        self.tokens = Tokens(backend, self.answering.check_model)
+        self.admin = Admin(backend)
 
     def models(self) -> dict[str, Any]:
         """GET /v1/models."""
@@ -87,7 +50,7 @@ class Api:
 
     def model(self, name: str) -> dict[str, Any]:
         """GET /v1/models/NAME. Raises ModelNotFoundError."""
-        self._check_model(name)
+        self.answering.check_model(name)
         return {"id": self._model, "object": "model", "created": self._created, "owned_by": "raymoe"}
 
     async def stats(self) -> dict[str, Any]:
@@ -115,14 +78,20 @@ def create_app(api: Api, lifespan: AbstractAsyncContextManager[None] | None = No
     """
     app = FastAPI(title="raymoe", lifespan=(lambda _: lifespan) if lifespan is not None else None)
     app.add_middleware(BodyLimit, limit_bytes=MAX_BODY_BYTES)
+    app.add_middleware(Guard, keys=api.keys)  # the outermost: who may not ask has nothing read
     for kind in (RequestValidationError, HTTPException, RaymoeError, Exception):
         app.add_exception_handler(kind, _as_json)
-    app.post("/v1/chat/completions", response_model=None)(api.chat)
-    app.post("/v1/completions", response_model=None)(api.complete)
-    app.get("/v1/models")(api.models)
-    app.get("/v1/models/{name:path}")(api.model)
-    app.get("/v1/stats")(api.stats)
+    app.post("/v1/chat/completions", response_model=None)(api.answering.chat)
+    app.post("/v1/completions", response_model=None)(api.answering.complete)
+    app.get("/v1/models", response_model=None)(api.models)
+    app.get("/v1/models/{name:path}", response_model=None)(api.model)
+    app.post("/tokenize", response_model=None)(api.tokens.tokenize)
+    app.post("/detokenize", response_model=None)(api.tokens.detokenize)
+    app.get("/v1/stats", response_model=None)(api.stats)
+    app.get("/v1/admin/settings", response_model=None)(api.admin.settings)
+    app.post("/v1/admin/settings", response_model=None)(api.admin.change)
     app.get("/health", response_model=None)(api.health)
+    describe_api(app, needs_keys=api.keys.required)
     return app
 
 

@@ -1,5 +1,6 @@
 """Wires plain classes into a Serve application: an ingress before one engine."""
 
+import os
 from typing import Any
 
 from ray import serve
@@ -8,6 +9,7 @@ from ray.serve import Application
 from raymoe.config import ClusterConfig
 from raymoe.serve.engine_deployment import EngineServer
 from raymoe.serve.ingress import Ingress
+from raymoe.serve.key_source import environment_keys
 
 SHED_ROOM = 256  # requests under way beside those the engine takes, so that it can refuse them itself, in JSON
 CPU_SHARE = 0.1  # of what Ray counts, so that a machine of two cores holds several applications
@@ -18,13 +20,16 @@ HEALTH_TIMEOUT_S = 30.0  # a long prefill on few cores keeps the interpreter bus
 
 
 def build_application(config: ClusterConfig) -> Application:
-    """The Serve application of a cluster. Starts nothing, and touches no Ray.
+    """The Serve application of a cluster. Starts nothing, and touches no Ray. Raises ConfigError for wrong keys.
+
+    API keys come from ``serving.keys_file``, which the ingress reads, and from this process's environment: what
+    travels are hashes.
 
     Its actors carry the name under which Serve runs it, so that several can run side by side.
     """
     engine = serve.deployment(name="engine", **engine_options(config))(EngineServer)
     ingress = serve.deployment(name="ingress", **ingress_options(config))(serve.ingress()(Ingress))
-    return ingress.bind(config, engine.bind(config))
+    return ingress.bind(config, engine.bind(config), environment_keys(os.environ))
 
 
 def engine_options(config: ClusterConfig) -> dict[str, Any]:

@@ -11,10 +11,12 @@ class Batch:
     """Chunks of one answer. The first batch of an answer is empty: it says that the engine took the request.
 
     ``token_texts`` names the tokens of ``chunks`` and their alternatives where log probabilities were asked for.
+    ``choice`` is the answer's number among those of a request.
     """
 
     chunks: tuple[Chunk, ...] = ()
     token_texts: Mapping[int, str] = field(default_factory=dict)
+    choice: int = 0
 
     @property
     def text(self) -> str:
@@ -32,9 +34,14 @@ class Batch:
         return self.chunks[-1] if self.chunks and self.chunks[-1].finish_reason is not None else None
 
 
-def merge(batches: list[Batch]) -> Batch:
-    """All batches of an answer as one."""
-    texts: dict[int, str] = {}
-    for batch in batches:
-        texts.update(batch.token_texts)
-    return Batch(chunks=tuple(chunk for batch in batches for chunk in batch.chunks), token_texts=texts)
+def merge(batches: list[Batch]) -> list[Batch]:
+    """All batches of some answers as one of each, by choice."""
+    merged = []
+    for choice in sorted({batch.choice for batch in batches}):
+        own = [batch for batch in batches if batch.choice == choice]
+        texts: dict[int, str] = {}
+        for batch in own:
+            texts.update(batch.token_texts)
+        chunks = tuple(chunk for batch in own for chunk in batch.chunks)
+        merged.append(Batch(chunks=chunks, token_texts=texts, choice=choice))
+    return merged

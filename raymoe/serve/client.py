@@ -12,7 +12,7 @@ from raymoe.serve.batch import Batch
 from raymoe.serve.errors import RequestTimeoutError, unwrap
 
 if TYPE_CHECKING:
-    from raymoe.engine.service import Prompt
+    from raymoe.engine.prompts import Prompt
     from raymoe.observe.stats import ClusterStats
 
 ACCEPT_TIMEOUT_S = 15.0  # to reach the engine and encode the prompt; an engine that restarts takes longer
@@ -57,8 +57,24 @@ class EngineClient:
         """Devices and engine."""
         return await self._call("stats", STATS_TIMEOUT_S)
 
-    async def _call(self, method: str, timeout_s: float) -> Any:
-        response = getattr(self._handle, method).remote()
+    async def tokenize(self, prompt: "Prompt") -> list[int]:
+        """Token ids of a prompt."""
+        return await self._call("tokenize", ACCEPT_TIMEOUT_S, prompt)
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        """Text of token ids."""
+        return await self._call("detokenize", ACCEPT_TIMEOUT_S, token_ids)
+
+    async def settings(self) -> dict[str, Any]:
+        """The settings of scheduling in force."""
+        return await self._call("settings", CARD_TIMEOUT_S)
+
+    async def change_settings(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Change some settings; returns all."""
+        return await self._call("change_settings", STATS_TIMEOUT_S, changes)
+
+    async def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
+        response = getattr(self._handle, method).remote(*arguments)
         try:
             return await asyncio.wait_for(_own_errors(response), timeout_s)
         except TimeoutError as error:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -17,7 +18,7 @@ from raymoe.serve.inbox import Bell, Inbox
 
 if TYPE_CHECKING:
     from raymoe.actors.session import Session
-    from raymoe.engine.service import Prompt
+    from raymoe.engine.prompts import Prompt
     from raymoe.observe.stats import ClusterStats
 
 log = logging.getLogger("ray.serve")  # which Serve writes to the log of the replica
@@ -114,6 +115,29 @@ class EngineServer:
         """Devices and engine."""
         assert self._session is not None
         return await asyncio.to_thread(self._session.stats)
+
+    async def tokenize(self, prompt: "Prompt") -> list[int]:
+        """Token ids of a prompt. Raises RequestError for one that the model can't read."""
+        return await asyncio.to_thread(self._service.encode, prompt)
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        """Text of token ids. Raises RequestError for ids that have none."""
+        return await asyncio.to_thread(self._service.prompts.decode, token_ids)
+
+    async def settings(self) -> dict[str, Any]:
+        """The settings of scheduling in force."""
+        assert self._session is not None
+        return self._session.scheduling.model_dump(mode="json")
+
+    async def change_settings(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Change some settings until the next start or change of ``user_config``; returns all.
+
+        Raises ConfigError that names what is wrong, and changes nothing then.
+        """
+        assert self._session is not None
+        await asyncio.to_thread(partial(self._session.reconfigure, **changes))
+        log.info("settings were changed: %s", changes)
+        return await self.settings()
 
     async def reconfigure(self, user_config: Any) -> None:
         """Called by Serve at the start, and when a deployment's ``user_config`` was changed: no restart then.

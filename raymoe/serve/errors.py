@@ -110,6 +110,14 @@ def _invalid(error: RequestValidationError) -> ApiError:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "refused":
         return ApiError(status=400, message=message, type="invalid_request_error", param=first["ctx"]["param"])
+    if first["type"] == "extra_forbidden" and len(place) == 1:
+        return ApiError(
+            status=400,
+            message=f"unrecognized request argument supplied: {place[0]}",
+            type="invalid_request_error",
+            param=place[0],
+            code="unknown_parameter",
+        )
     if not place:
         message = "the body must be a JSON object, sent with Content-Type: application/json"
         return ApiError(status=400, message=message, type="invalid_request_error")

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -15,10 +17,14 @@ from raymoe.engine.request import Chunk, Result, collect
 from raymoe.errors import RaymoeError
 from raymoe.serve.api import Api, create_app
 from raymoe.serve.client import EngineClient
+from raymoe.serve.key_source import KeySource
+from raymoe.serve.keys import Key
 
 if TYPE_CHECKING:
-    from raymoe.engine.service import Prompt
+    from raymoe.engine.prompts import Prompt
     from raymoe.observe.stats import ClusterStats
+
+log = logging.getLogger("ray.serve")  # which Serve writes to the log of the replica
 
 FIRST_LOOK_S = 1.0  # between looks whether the engine has started
 
@@ -30,16 +36,27 @@ class Ingress:
     ``.options(stream=True)``) and ``stats`` answer there as ``raymoe.launch``'s do.
     """
 
-    def __init__(self, config: ClusterConfig, engine: DeploymentHandle) -> None:
+    def __init__(self, config: ClusterConfig, engine: DeploymentHandle, keys: tuple[Key, ...] = ()) -> None:
         self._config = config
         self._client = EngineClient(engine, config.serving.request_timeout_s)
+        file = config.serving.keys_file
+        self._keys = KeySource(Path(file).expanduser() if file is not None else None, keys)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is constructed."""
         context = serve.get_replica_context()
         holder = f"ingress-{context.replica_id.unique_id}"
         lifespan = holding(self._client, lambda: Lease(context.app_name, holder))
-        return create_app(Api(self._client, self._config.model.served_name), lifespan)
+        trunk = self._config.trunk
+        api = Api(
+            self._client,
+            self._config.model.served_name,
+            most_choices=trunk.max_running + trunk.max_waiting,
+            keys=self._keys,
+        )
+        if not self._keys.required:
+            log.warning("NO API KEYS are configured: anyone who reaches the HTTP port may ask the model anything")
+        return create_app(api, lifespan)
 
     async def generate(self, prompt: "Prompt", **options: Any) -> Result:
         """A whole answer. ``options`` are the fields of SamplingParams; max_tokens defaults to 128."""

@@ -1,109 +1,164 @@
-"""Answers as OpenAI's JSON: whole ones, and chunks of a stream.
-
-``usage.routing`` is an extension: what the answer's expert calls cost, and how much of it was substituted. The same
-stands beside ``usage`` as ``routing``, for streams without a chunk of usage.
-"""
+"""Answers as OpenAI's JSON: whole ones, and chunks of a stream."""
 
 import time
 import uuid
 from typing import Any, Protocol
 
-from raymoe.engine.request import Chunk, TokenLogprob
+from raymoe.engine.request import TokenLogprob
 from raymoe.serve.batch import Batch
+from raymoe.serve.tools import ToolReader
+from raymoe.serve.usage import Tally, routing_json
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Renderer(Protocol):
-    """Renders one answer."""
+    """Renders the answers of one request."""
 
-    def whole(self, batch: Batch) -> dict[str, Any]:
-        """The answer in one piece."""
+    def whole(self, batches: list[Batch]) -> dict[str, Any]:
+        """The answers in one piece; a batch is all of one choice."""
         ...
 
-    def chunk(self, batch: Batch) -> dict[str, Any]:
-        """What a batch adds to a stream. Batches come in order."""
+    def chunks(self, batch: Batch) -> list[dict[str, Any]]:
+        """What a batch adds to a stream, if anything. Batches of a choice come in order."""
         ...
 
-    def usage(self, batch: Batch) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
         """The stream's last chunk where usage was asked for: no choices."""
         ...
 
 
 class _Envelope:
-    """The fields around ``choices`` that stay the same for one answer."""
+    """The fields around ``choices`` that stay the same for one request."""
 
-    def __init__(self, model: str, prefix: str, kind: str, *, include_usage: bool) -> None:
+    def __init__(
+        self, model: str, prefix: str, kinds: tuple[str, str], *, include_usage: bool, per_prompt: int
+    ) -> None:
         self._fields = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._kind = kind
+        self._kind, self._chunk_kind = kinds
         self._include_usage = include_usage
+        self._tally = Tally(per_prompt)
 
-    def whole(self, choice: dict[str, Any], batch: Batch) -> dict[str, Any]:
-        """A finished answer."""
-        assert batch.last is not None
-        body = {**self._fields, "object": self._kind, "choices": [choice], "usage": usage_json(batch.last)}
-        return body | routing_json(batch.last)
+    def whole(self, choices: list[dict[str, Any]], batches: list[Batch]) -> dict[str, Any]:
+        """Finished answers."""
+        for batch in batches:
+            assert batch.last is not None
+            self._tally.add(batch.choice, batch.last)
+        body = {**self._fields, "object": self._kind, "choices": choices, "usage": self._tally.usage()}
+        return body | routing_json(self._tally.routing)
 
-    def chunk(self, kind: str, choices: list[dict[str, Any]], batch: Batch) -> dict[str, Any]:
+    def chunk(self, choice: dict[str, Any], batch: Batch) -> dict[str, Any]:
         """A piece of an answer."""
-        body = {**self._fields, "object": kind, "choices": choices} | routing_json(batch.last)
+        body = {**self._fields, "object": self._chunk_kind, "choices": [choice]}
+        if batch.last is not None:
+            self._tally.add(batch.choice, batch.last)
+            body |= routing_json(batch.last.routing)
         return body | {"usage": None} if self._include_usage else body
 
-    def usage(self, kind: str, batch: Batch) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
         """The chunk that carries usage."""
-        assert batch.last is not None
-        return {**self._fields, "object": kind, "choices": [], "usage": usage_json(batch.last)}
+        return {**self._fields, "object": self._chunk_kind, "choices": [], "usage": self._tally.usage()}
 
 
 class ChatRenderer:
-    """/v1/chat/completions."""
+    """/v1/chat/completions.
 
-    def __init__(self, model: str, *, include_usage: bool = False, logprobs: bool = False) -> None:
-        self._envelope = _Envelope(model, "chatcmpl", "chat.completion", include_usage=include_usage)
+    Args:
+        tools: whether calls of tools are read out of the text.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        include_usage: bool = False,
+        logprobs: bool = False,
+        per_prompt: int = 1,
+        tools: bool = False,
+    ) -> None:
+        kinds = ("chat.completion", "chat.completion.chunk")
+        self._envelope = _Envelope(model, "chatcmpl", kinds, include_usage=include_usage, per_prompt=per_prompt)
         self._logprobs = logprobs
-        self._begun = False
+        self._tools = tools
+        self._readers: dict[int, ToolReader] = {}  # of the choices that have begun
 
-    def whole(self, batch: Batch) -> dict[str, Any]:
-        message = {"role": "assistant", "content": batch.text, "refusal": None}
-        return self._envelope.whole(self._choice({"message": message}, batch), batch)
+    def whole(self, batches: list[Batch]) -> dict[str, Any]:
+        return self._envelope.whole([self._message(batch) for batch in batches], batches)
 
-    def chunk(self, batch: Batch) -> dict[str, Any]:
-        delta: dict[str, Any] = {} if self._begun else {"role": "assistant"}
-        if batch.text or not self._begun:
-            delta["content"] = batch.text
-        self._begun = True
-        return self._envelope.chunk("chat.completion.chunk", [self._choice({"delta": delta}, batch)], batch)
+    def _message(self, batch: Batch) -> dict[str, Any]:
+        text, calls = self._read(batch)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text.strip() or None, "tool_calls": calls}
+        return self._choice({"message": message}, batch)
 
-    def usage(self, batch: Batch) -> dict[str, Any]:
-        return self._envelope.usage("chat.completion.chunk", batch)
+    def chunks(self, batch: Batch) -> list[dict[str, Any]]:
+        delta: dict[str, Any] = {} if batch.choice in self._readers else {"role": "assistant"}
+        first = batch.choice not in self._readers
+        text, calls = self._read(batch)
+        if text or first:
+            delta["content"] = text
+        if calls:
+            begin = self._readers[batch.choice].calls - len(calls)
+            delta["tool_calls"] = [{"index": begin + number, **call} for number, call in enumerate(calls)]
+        if not delta and not batch.logprobs and batch.last is None:
+            return []
+        return [self._envelope.chunk(self._choice({"delta": delta}, batch), batch)]
+
+    def usage(self) -> dict[str, Any]:
+        return self._envelope.usage()
+
+    def _read(self, batch: Batch) -> tuple[str, list[dict[str, Any]]]:
+        reader = self._readers.setdefault(batch.choice, ToolReader())
+        return reader.read(batch.text, last=batch.last is not None) if self._tools else (batch.text, [])
 
     def _choice(self, content: dict[str, Any], batch: Batch) -> dict[str, Any]:
         logprobs = {"content": chat_logprobs(batch), "refusal": None} if self._logprobs else None
-        return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish_reason(batch)}
+        reason = finish_reason(batch)
+        if reason == "stop" and self._readers[batch.choice].calls:
+            reason = "tool_calls"
+        return {"index": batch.choice, **content, "logprobs": logprobs, "finish_reason": reason}
 
 
 class CompletionRenderer:
-    """/v1/completions."""
+    """/v1/completions.
 
-    KIND = "text_completion"
+    Args:
+        echoes: the texts of the prompts, where answers begin with them.
+    """
 
-    def __init__(self, model: str, *, include_usage: bool = False, logprobs: bool = False) -> None:
-        self._envelope = _Envelope(model, "cmpl", self.KIND, include_usage=include_usage)
+    def __init__(
+        self,
+        model: str,
+        *,
+        include_usage: bool = False,
+        logprobs: bool = False,
+        per_prompt: int = 1,
+        echoes: list[str] | None = None,
+    ) -> None:
+        kinds = ("text_completion", "text_completion")
+        self._envelope = _Envelope(model, "cmpl", kinds, include_usage=include_usage, per_prompt=per_prompt)
         self._logprobs = logprobs
-        self._offset = 0
+        by_choice = [echo for echo in echoes or () for _ in range(per_prompt)]
+        self._echoes = dict(enumerate(by_choice))
+        self._offsets: dict[int, int] = {}  # of the choices that have begun
 
-    def whole(self, batch: Batch) -> dict[str, Any]:
-        return self._envelope.whole(self._choice(batch), batch)
+    def whole(self, batches: list[Batch]) -> dict[str, Any]:
+        return self._envelope.whole([self._choice(batch) for batch in batches], batches)
 
-    def chunk(self, batch: Batch) -> dict[str, Any]:
-        return self._envelope.chunk(self.KIND, [self._choice(batch)], batch)
+    def chunks(self, batch: Batch) -> list[dict[str, Any]]:
+        if batch.choice in self._offsets and not (batch.text or batch.logprobs or batch.last):
+            return []
+        return [self._envelope.chunk(self._choice(batch), batch)]
 
-    def usage(self, batch: Batch) -> dict[str, Any]:
-        return self._envelope.usage(self.KIND, batch)
+    def usage(self) -> dict[str, Any]:
+        return self._envelope.usage()
 
     def _choice(self, batch: Batch) -> dict[str, Any]:
+        self._offsets.setdefault(batch.choice, 0)
+        text = self._echoes.pop(batch.choice, "") + batch.text
         logprobs = self._columns(batch) if self._logprobs else None
-        return {"index": 0, "text": batch.text, "logprobs": logprobs, "finish_reason": finish_reason(batch)}
+        return {"index": batch.choice, "text": text, "logprobs": logprobs, "finish_reason": finish_reason(batch)}
 
     def _columns(self, batch: Batch) -> dict[str, Any]:
         """The older API's log probabilities: a list per quantity. Offsets count characters of the tokens' texts."""
@@ -116,8 +171,8 @@ class CompletionRenderer:
             columns["tokens"].append(texts[item.token_id])
             columns["token_logprobs"].append(item.logprob)
             columns["top_logprobs"].append(top)
-            columns["text_offset"].append(self._offset)
-            self._offset += len(texts[item.token_id])
+            columns["text_offset"].append(self._offsets[batch.choice])
+            self._offsets[batch.choice] += len(texts[item.token_id])
         return columns
 
 
@@ -138,33 +193,3 @@ def chat_logprobs(batch: Batch) -> list[dict[str, Any]]:
 def finish_reason(batch: Batch) -> str | None:
     """Why the answer ended, in its last batch."""
     return batch.last.finish_reason if batch.last is not None else None
-
-
-ROUTING_FIELDS = (
-    "substituted",
-    "substituted_gate_mass",
-    "hit_rate",
-    "hits",
-    "misses",
-    "hosted",
-    "loads",
-    "bytes_loaded",
-    "recall",
-    "drafted",
-    "accepted",
-)
-"""What an answer tells of its ``Routing``."""
-
-
-def usage_json(last: Chunk) -> dict[str, Any]:
-    """Tokens of prompt, answer and both, and what the expert calls cost; of the chunk that finishes an answer."""
-    assert last.usage is not None
-    tokens = {name: getattr(last.usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
-    return tokens | routing_json(last)
-
-
-def routing_json(last: Chunk | None) -> dict[str, Any]:
-    """The cost of a finished answer's expert calls; nothing before it is finished."""
-    if last is None or last.routing is None:
-        return {}
-    return {"routing": {name: getattr(last.routing, name) for name in ROUTING_FIELDS}}

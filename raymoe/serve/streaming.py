@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from raymoe.serve.batch import Batch
+from raymoe.serve.choices import Answers
 from raymoe.serve.errors import describe
 from raymoe.serve.render import Renderer
 
@@ -19,22 +19,17 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def events(
-    first: Batch, rest: AsyncGenerator[Batch], renderer: Renderer, *, include_usage: bool
-) -> AsyncGenerator[bytes]:
-    """The events of an answer whose first batch is there already.
+async def events(answers: Answers, renderer: Renderer, *, include_usage: bool) -> AsyncGenerator[bytes]:
+    """The events of answers that have begun.
 
     A failure becomes an event with the error, for the status has been sent long ago; ``[DONE]`` follows in any case.
     """
     try:
-        yield event(renderer.chunk(first))
-        last = first
-        async for batch in rest:
-            last = batch
-            if batch.text or batch.logprobs or batch.last is not None:
-                yield event(renderer.chunk(batch))
+        async for batch in answers:
+            for chunk in renderer.chunks(batch):
+                yield event(chunk)
         if include_usage:
-            yield event(renderer.usage(last))
+            yield event(renderer.usage())
     except Exception as error:  # the edge of the process: whatever it is, the client shall hear of it
         yield event(describe(error).body)
     yield DONE
@@ -45,7 +40,7 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, body: AsyncGenerator[bytes], source: AsyncGenerator[Batch]) -> None:
+    def __init__(self, body: AsyncGenerator[bytes], source: Answers) -> None:
         super().__init__(body, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._body = body
         self._source = source

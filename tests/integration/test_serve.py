@@ -249,13 +249,15 @@ def test_a_handles_bad_request_raises_our_error(server: Server) -> None:
 
 BAD = [
     ({"prompt": PROMPT, "model": "gpt-9"}, 404, "model_not_found", "model"),
-    ({"prompt": PROMPT, "n": 2}, 400, None, "n"),
+    ({"prompt": PROMPT, "n": 9}, 400, None, "n"),
+    ({"prompt": PROMPT, "max_token": 9}, 400, "unknown_parameter", "max_token"),
     ({"prompt": PROMPT, "temperature": 9}, 400, None, "temperature"),
     ({"prompt": PROMPT, "max_tokens": 100_000}, 400, None, "max_tokens"),
     ({"prompt": PROMPT, "max_tokens": "many"}, 400, None, "max_tokens"),
     ({"prompt": [1, 99_999]}, 400, None, "prompt"),
     ({"prompt": [1] * 2000}, 400, None, "prompt"),
-    ({"prompt": ["a", "b"]}, 400, None, "prompt"),
+    ({"prompt": ["a", [1]]}, 400, None, "prompt"),
+    ({"prompt": ["a"] * 65}, 400, None, "prompt"),
     ({"prompt": "half \ud800"}, 400, None, "prompt"),
     ({"prompt": []}, 400, None, "prompt"),
     ({}, 400, None, "prompt"),

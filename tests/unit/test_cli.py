@@ -32,6 +32,8 @@ COMMANDS = (
     "record",
     "simulate",
     "inspect",
+    "chat",
+    "keys",
     "status",
     "synth",
     "version",
@@ -665,3 +667,18 @@ def test_a_server_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(StartError, match="the chat request failed: connection refused"):
         cli.stream_chat("http://127.0.0.1:1", "tiny", "Hi")
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "warned"),
+    [("0.0.0.0", None, True), ("::", None, True), ("127.0.0.1", None, False), ("0.0.0.0", "keys.yaml", False)],
+)
+def test_an_open_door_is_warned_of(
+    host: str, keys: str | None, warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAYMOE_API_KEYS", raising=False)
+    cli.warn_of_open_door(ClusterConfig.parse({"serving": {"keys_file": keys}}), host)
+    assert ("WITHOUT API KEYS" in capsys.readouterr().err) == warned
+    monkeypatch.setenv("RAYMOE_API_KEYS", "{a: {sha256: x}}")
+    cli.warn_of_open_door(ClusterConfig.parse({}), host)
+    assert capsys.readouterr().err == ""

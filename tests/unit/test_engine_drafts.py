@@ -1,7 +1,7 @@
 """Passes that make several tokens: stops, limits, cancelling and penalties are as if each token had its own pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -134,17 +134,23 @@ class Run:
 PROMPT = [3, 1, 4]
 
 
-def play(params: SamplingParams, wrong: list[bool] | None, cancel_after: int | None = None) -> Run:
+def play(
+    params: SamplingParams,
+    wrong: list[bool] | None,
+    cancel_after: int | None = None,
+    defaults: SamplingDefaults | None = None,
+) -> Run:
     """Run a request with drafts, or without any where ``wrong`` is None."""
     runner, scheduler, chunks = FakeRunner(), FakeScheduler(), list[Any]()
-    oracle = Oracle(params, wrong or [], PROMPT)
+    known = replace(params, grammar=None, logit_bias={})  # a shadow hears of neither
+    oracle = Oracle(known, wrong or [], PROMPT)
     engine = Engine(
         runner,  # type: ignore[arg-type]
         scheduler,
         TrunkConfig(),
         SchedulingConfig(),
         tokenizer=Letters(),
-        defaults=SamplingDefaults(),
+        defaults=defaults or SamplingDefaults(),
         end_tokens=frozenset({7}),
         context=None,
         vocabulary=VOCABULARY,
@@ -186,6 +192,36 @@ def test_a_client_sees_what_it_sees_without_drafts(params: SamplingParams, wrong
     last = drafted.chunks[-1]
     assert last.usage == plain.chunks[-1].usage
     assert last.routing is not None and 0 <= last.routing.accepted <= last.routing.drafted
+
+
+class Alternating:
+    """A grammar: even and odd tokens in turns. Its state refuses to hear of tokens that were not chosen."""
+
+    vocabulary = VOCABULARY
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    def begin(self, grammar: str) -> "Alternating":
+        return Alternating()
+
+    def allowed_V(self, answer: list[int], vocabulary: int) -> torch.Tensor:
+        assert answer[: len(self.heard)] == self.heard
+        self.heard = list(answer)
+        return torch.arange(vocabulary) % 2 == len(answer) % 2
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 50), st.sampled_from([0.0, 1.0]), st.lists(st.booleans(), max_size=12))
+def test_grammars_and_biases_are_followed_over_drafts(seed: int, temperature: float, wrong: list[bool]) -> None:
+    params = SamplingParams(
+        max_tokens=24, temperature=temperature, seed=seed, grammar="in turns", logit_bias={4: -100, 7: -100, 9: 3}
+    )
+    by_grammar = SamplingDefaults(grammars=Alternating())  # type: ignore[arg-type]
+    plain, drafted = (play(params, lies, defaults=by_grammar) for lies in (None, wrong))
+    assert drafted.told == plain.told
+    assert [token % 2 for token in drafted.tokens] == [0, 1] * 12
+    assert not {4, 7} & set(drafted.tokens)
 
 
 def test_right_guesses_save_passes_and_wrong_ones_cost_none() -> None:

@@ -17,6 +17,7 @@ from raymoe.errors import CapacityError, EngineStoppedError, ExpertUnavailableEr
 from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats
 from raymoe.serve.api import MAX_BODY_BYTES, Api, create_app
 from raymoe.serve.batch import Batch
+from raymoe.serve.choices import Answers
 from raymoe.serve.errors import RequestTimeoutError, describe, unwrap
 from raymoe.serve.render import ChatRenderer
 from raymoe.serve.streaming import EventStream, events
@@ -52,7 +53,13 @@ COST = {
     "drafted": 0,
     "accepted": 0,
 }
-USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "routing": COST}
+USAGE = {
+    "prompt_tokens": 3,
+    "completion_tokens": 2,
+    "total_tokens": 5,
+    "prompt_tokens_details": {"cached_tokens": 0},
+    "routing": COST,
+}
 ANSWER = [
     Batch(chunks=(Chunk(text="Hel", token_ids=(1,)), Chunk(text="lo", token_ids=(2,)))),
     Batch(chunks=(Chunk(text="", token_ids=(3,)),)),
@@ -226,7 +233,7 @@ def test_a_failure_in_mid_stream_is_an_event_before_done() -> None:
     [
         ({"messages": "hi"}, "messages", "list"),
         ({**CHAT, "temperature": "hot"}, "temperature", "number"),
-        ({**CHAT, "n": 2}, "n", "not supported"),
+        ({**CHAT, "n": 9}, "n", "less than or equal to 8"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string"),
         ({**CHAT, "quality": {"alpha": 0.3}}, "quality", "an alpha from 0 to"),
         ([1], None, "JSON object"),
@@ -324,10 +331,9 @@ def test_health_follows_the_engine() -> None:
 def test_a_client_that_leaves_closes_the_engines_stream() -> None:
     async def leave() -> int:
         script = Script()
-        batches = script.stream("hi", None)
-        first = await anext(batches)
-        body = events(first, batches, ChatRenderer("tiny"), include_usage=False)
-        response = EventStream(body, batches)
+        answers = await Answers.begin([script.stream("hi", None)])
+        body = events(answers, ChatRenderer("tiny"), include_usage=False)
+        response = EventStream(body, answers)
 
         async def receive() -> dict[str, Any]:
             return {"type": "http.disconnect"}

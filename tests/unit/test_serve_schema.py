@@ -9,6 +9,13 @@ from raymoe.engine.request import SamplingParams
 from raymoe.serve.schema import ChatRequest, CompletionRequest
 
 USER = [{"role": "user", "content": "hi"}]
+DEEP: dict[str, Any] = {}
+for _ in range(64):
+    DEEP = {"items": DEEP}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "time", "description": "what time it is"}},
+]
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -48,8 +55,12 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
         "presence_penalty": 0.1,
         "frequency_penalty": -0.1,
         "quality": "fast",
+        "grammar": "start: /a+/",
+        "priority": 3,
+        "logit_bias": {"5": -100, "6": 0.5},
     }
-    expected = SamplingParams(**{**fields, "stop": ("a", "b"), "stop_token_ids": (5, 6)})
+    read = {"stop": ("a", "b"), "stop_token_ids": (5, 6), "logit_bias": {5: -100, 6: 0.5}}
+    expected = SamplingParams(**{**fields, **read})
     assert chat(**fields).sampling == expected
     assert completion(**fields).sampling == expected
 
@@ -64,6 +75,12 @@ def test_null_is_as_good_as_absent() -> None:
         "presence_penalty",
         "stream_options",
         "max_tokens",
+        "logit_bias",
+        "response_format",
+        "tools",
+        "tool_choice",
+        "n",
+        "functions",
     )
     assert chat(**dict.fromkeys(names)).sampling == SamplingParams()
 
@@ -108,8 +125,9 @@ def test_text_parts_are_joined() -> None:
     assert chat(messages=[{"role": "user", "content": parts}]).conversation == [{"role": "user", "content": "a b"}]
 
 
-def test_unknown_fields_are_ignored() -> None:
-    assert chat(user="me", metadata={"a": 1}, no_such_thing=1).sampling == SamplingParams()
+def test_fields_that_mean_nothing_here_are_ignored_and_unknown_ones_refused_as_openai_does() -> None:
+    assert chat(user="me", metadata={"a": 1}, store=True, service_tier="auto").sampling == SamplingParams()
+    assert "Extra inputs are not permitted" in message_of(ChatRequest, {"messages": USER, "no_such_thing": 1})
 
 
 def test_a_prompt_of_token_ids() -> None:
@@ -129,9 +147,24 @@ def test_defaults_of_what_is_not_supported_are_welcome(harmless: dict[str, Any])
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"n": 2}, '"n" is not supported here beyond its default; ask n times'),
-        ({"tools": [{"type": "function"}]}, '"tools" is not supported'),
-        ({"logit_bias": {"5": 1}}, '"logit_bias" is not supported'),
+        ({"priority": -1}, "greater than or equal to 0"),
+        ({"n": 9}, "less than or equal to 8"),
+        ({"n": 0}, "greater than or equal to 1"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name"),
+        ({"tool_choice": "required"}, '"tool_choice" needs "tools"'),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "which no tool has"),
+        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "exclude each other"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": DEEP}}}, "64 levels deep"),
+        ({"functions": [{"name": "f"}]}, '"functions" is not supported here beyond its default; use "tools"'),
+        ({"audio": {"voice": "alto"}}, "writes text only"),
+        ({"logit_bias": {"five": 1}}, "'five' is no token id"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "names 1025 tokens, allowed are 1024"),
+        ({"stop": "x" * 1025}, "at most 1024"),
+        ({"stop_token_ids": [1] * 65}, "at most 64"),
+        ({"seed": 1 << 63}, "less than or equal to"),
         ({"temperature": "hot"}, "valid number"),
         ({"temperature": "0.5"}, "valid number"),
         ({"max_tokens": 1.5}, "valid integer"),
@@ -140,7 +173,7 @@ def test_defaults_of_what_is_not_supported_are_welcome(harmless: dict[str, Any])
         ({"top_logprobs": 2}, 'needs "logprobs": true'),
         ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20"),
         ({"stream_options": {"include_usage": True}}, 'needs "stream": true'),
-        ({"stop": ["x"] * 33}, "at most 32"),
+        ({"stop": ["x"] * 5}, "at most 4"),
         ({"quality": True}, 'quality is "exact", "balanced", "fast", or an alpha from 0 to the server'),
         ({"quality": ["exact"]}, "or an alpha from 0 to the server's scheduling.alpha_max"),
         ({"messages": []}, "at least 1"),
@@ -156,8 +189,10 @@ def test_bad_chat_requests_are_told_apart(fields: dict[str, Any], words: str) ->
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        (["a", "b"], "one prompt per request"),
-        ([[1, 2], [3]], "one prompt per request"),
+        (["a", [3]], "all texts, or all lists"),
+        ([1, "a"], "all texts, or all lists"),
+        ([[1, 2], [2.5]], "whole numbers"),
+        (["a", "half \ud800"], "half a surrogate pair"),
         ([1, 2.5], "whole numbers"),
         ([True], "whole numbers"),
         ({"a": 1}, "a text or a list of token ids"),
@@ -168,6 +203,68 @@ def test_bad_prompts_are_told_apart(prompt: Any, words: str) -> None:
     assert words in message_of(CompletionRequest, {"prompt": prompt})
 
 
-@pytest.mark.parametrize("fields", [{"echo": True}, {"best_of": 2}, {"suffix": "x"}])
+@pytest.mark.parametrize("fields", [{"best_of": 2}, {"suffix": "x"}])
 def test_what_would_change_a_completion_is_refused(fields: dict[str, Any]) -> None:
     assert "is not supported" in message_of(CompletionRequest, {"prompt": "hi", **fields})
+
+
+def test_echo_and_logprobs_together_are_refused() -> None:
+    assert completion(echo=True).echo
+    assert "have no log probabilities" in message_of(CompletionRequest, {"prompt": "hi", "echo": True, "logprobs": 0})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), ([], [[]])],
+)
+def test_one_prompt_or_several(prompt: Any, prompts: Any) -> None:
+    assert completion(prompt=prompt).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    ("form", "schema"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}, {"type": "integer"}),
+        ({"type": "json_schema", "json_schema": {"name": "n", "strict": True}}, {}),
+    ],
+)
+def test_the_form_of_an_answer_is_a_schema(form: dict[str, Any], schema: Any) -> None:
+    assert chat(response_format=form).sampling == SamplingParams(json_schema=schema)
+
+
+@pytest.mark.parametrize(
+    ("choice", "must", "offered", "callable_"),
+    [
+        (None, False, ["weather", "time"], ["weather", "time"]),
+        ("auto", False, ["weather", "time"], ["weather", "time"]),
+        ("none", False, [], []),
+        ("required", True, ["weather", "time"], ["weather", "time"]),
+        ({"type": "function", "function": {"name": "time"}}, True, ["weather", "time"], ["time"]),
+    ],
+)
+def test_which_tools_may_be_called(choice: Any, must: bool, offered: list[str], callable_: list[str]) -> None:
+    request = chat(tools=TOOLS, tool_choice=choice)
+    assert request.must_call == must
+    assert [tool["function"]["name"] for tool in request.offered_tools] == offered
+    assert [tool["function"]["name"] for tool in request.callable_tools] == callable_
+
+
+def test_a_turn_that_called_a_tool_needs_no_content_and_the_developer_is_the_system() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "time", "arguments": "{}"}}
+    turns = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "call_1", "content": "noon"},
+    ]
+    assert chat(messages=turns).conversation == [
+        {"role": "system", "content": "be brief"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "noon"},
+    ]
+
+
+def test_a_schema_may_be_as_deep_as_the_limit() -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": DEEP["items"]}}
+    assert chat(response_format=form).sampling.json_schema == DEEP["items"]
