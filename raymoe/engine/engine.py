@@ -28,6 +28,7 @@ from raymoe.engine.text import Decoder, TextStream
 from raymoe.errors import EngineStoppedError, OverloadedError, RaymoeError, RequestError
 from raymoe.model.runner import Runner
 from raymoe.model.trials import make_cuttable
+from raymoe.observe.sink import Silent, Sink
 from raymoe.placement.alpha import AlphaControl
 from raymoe.types import Routing
 
@@ -47,6 +48,7 @@ class Engine:
 
     Attributes:
         experts: the say on routing. Another may be put in its place while no request is under way.
+        sink: told of requests and steps.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Engine:
     ) -> None:
         self._runner = runner
         self.experts = experts
+        self.sink: Sink = Silent()
         self._config = config
         self._tokenizer = tokenizer
         self._defaults = defaults
@@ -109,6 +112,7 @@ class Engine:
                 raise OverloadedError(
                     f"{len(self._waiting)} requests are waiting already, no more are taken; try again later"
                 )
+            self.sink.submitted(sequence.id)
             self._waiting.append(sequence)
             self._wake.notify()
         return sequence.id
@@ -137,6 +141,11 @@ class Engine:
             self._alpha = scheduling.alpha_of(None)
             self._control = AlphaControl(tpot_budget_s=budget_s, alpha_max=scheduling.alpha_max) if budget_s else None
             self.experts.reconfigure(scheduling)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request runs."""
+        return not self._running
 
     @property
     def failure(self) -> BaseException | None:
@@ -227,6 +236,7 @@ class Engine:
     def step(self) -> bool:
         """One token of every running request at least, then of waiting ones. Returns whether there was work."""
         self._drop_cancelled()
+        self.sink.step(len(self._running))
         running, experts = list(self._running), self.experts
         joins = len(running) > 1 and self._runner.joins and self._drafting is None
         if joins and isinstance(experts, RowScheduler):
@@ -246,6 +256,7 @@ class Engine:
                 return None
             sequence = self._waiting.popleft()
             self._running.append(sequence)
+            self.sink.admitted(sequence.id)
             return sequence
 
     def _kv_fits(self, sequence: Sequence) -> bool:
@@ -396,6 +407,7 @@ class Engine:
 
     def _emit(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         sequence.answer.append(token)
+        self.sink.token(sequence.id)
         ended = token in sequence.end_tokens
         text = "" if ended else sequence.text.push(token)
         reason = None
@@ -437,6 +449,7 @@ class Engine:
             self._finish(sequence, "cancelled", sequence.text.finish(), ())
 
     def _remove(self, sequence: Sequence) -> None:
+        self.sink.ended(sequence.id)
         with self._wake:
             if sequence in self._running:
                 self._running.remove(sequence)

@@ -134,6 +134,8 @@ class ExpertScheduler:
             decide=self.decide,
         )
         self._decided.add(done)
+        if done.replaced is not None:
+            self.dispatcher.gave_way(layer, done.replaced)
         return done.experts_TK, done.weights_TK
 
     def compute(self, layer: int, hidden_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:

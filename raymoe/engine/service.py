@@ -28,6 +28,7 @@ from raymoe.engine.drafting import Drafting
 from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
 from raymoe.engine.foresight import Foresight, ShadowLink
 from raymoe.engine.joint import JointScheduler
+from raymoe.engine.live import LiveMeter, LiveTrace
 from raymoe.engine.profile import load_similarity
 from raymoe.engine.record import RecordingScheduler, recording
 from raymoe.engine.request import Chunk, Result, SamplingParams, collect
@@ -46,6 +47,7 @@ from raymoe.model.sites import MoeSite, attach_sites
 from raymoe.model.trials import why_no_trials
 from raymoe.model.trunk import build_trunk, tokenizer_path
 from raymoe.observe.trace import MAIN, Recording, Tracer
+from raymoe.types import DeviceName
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class ModelService:
     Attributes:
         runner, experts: the trunk, and the say on its routing. They belong to the engine's thread; measurements may
             use them while no request is under way.
+        meter: times of requests and sizes of steps, until somebody takes them.
+        live: records a few steps on demand.
 
     Raises:
         ConfigError: a device that is not there, or a profile of other weights.
@@ -128,6 +132,9 @@ class ModelService:
             max_output_tokens=config.serving.max_output_tokens,
             drafting=drafting,
         )
+        self.live = LiveTrace(self._engine, experts, [module for _, module in experts_modules(model)])
+        self.meter = LiveMeter(self.live)
+        self._engine.sink = self.meter
         self._engine.start()
 
     def _scheduler(
@@ -279,6 +286,22 @@ class ModelService:
     def report(self) -> EngineReport:
         """Counts and totals of the engine."""
         return replace(self._engine.report(), drafts=self._drafts)
+
+    @property
+    def lead_s(self) -> float | None:
+        """Mean time by which plans came before their layer, since the start; None where none did."""
+        foresight = getattr(self.experts, "foresight", None)
+        return None if foresight is None or not foresight.book.led else foresight.book.lead_s / foresight.book.led
+
+    @property
+    def substituted(self) -> dict[DeviceName, int]:
+        """By device, the (token, expert) pairs that would have been its to compute, but gave way to others."""
+        return self.experts.dispatcher.substituted()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return self._engine.is_idle
 
     def trace(self, on: bool) -> Recording | None:
         """Begin to record what the trunk does; or end it, which returns what was recorded. While no request runs."""

@@ -65,6 +65,8 @@ class Shelf(Bay):
             ready_P = slots_P >= 0
             hits = int(np.count_nonzero(ready_P))
             self._count(len(experts_P), hits)
+            if self._unused:
+                self._asked_for(expert_id(layer, expert) for expert in experts_P.tolist())
             if hits == len(experts_P):
                 self.residency.use(slots_P)
                 self._step = Step(layer, slots_P, deque(), deque())
@@ -152,6 +154,10 @@ class Shelf(Bay):
         """Judge by other values from now on."""
         with self._lock:
             self.keeper = keeper
+
+    def worth_LE(self) -> np.ndarray | None:
+        """Mean gate score and use over the last steps."""
+        return self.keeper.mean_LE
 
     # --- the caller holds the lock ----------------------------------------------------------------------
 

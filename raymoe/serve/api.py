@@ -1,7 +1,7 @@
 """The routes of OpenAI's API over an engine. Knows no Ray: the engine is whatever answers like ``EngineClient``."""
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,12 +17,15 @@ from raymoe.serve.body_limit import BodyLimit
 from raymoe.serve.errors import ModelNotFoundError, describe
 from raymoe.serve.render import ChatRenderer, CompletionRenderer, Renderer
 from raymoe.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
+from raymoe.serve.shared import Shared
 from raymoe.serve.streaming import EventStream, events
+from raymoe.serve.watching import watching_routes
 
 if TYPE_CHECKING:
     from raymoe.engine.service import Prompt
     from raymoe.observe.stats import ClusterStats
 
+STATS_KEEP_S = 0.9  # pages ask about once a second, however many there are
 MAX_BODY_BYTES = 8 << 20  # a prompt of a million tokens takes about 4 MB as text, 7 MB as token ids
 
 
@@ -38,7 +41,15 @@ class Backend(Protocol):
         ...
 
     async def stats(self) -> "ClusterStats":
-        """Devices and engine. Raises RaymoeError where the engine does not answer."""
+        """Devices and engine, without names of resident experts where that costs. Raises RaymoeError where the engine does not answer."""
+        ...
+
+    async def residency(self) -> dict[str, Any]:
+        """Where every expert is."""
+        ...
+
+    async def timeline(self) -> dict[str, Any]:
+        """The last few decode steps."""
         ...
 
 
@@ -46,9 +57,10 @@ class Api:
     """What the routes do."""
 
     def __init__(self, backend: Backend, model: str) -> None:
-        self._backend = backend
+        self.backend = self._backend = backend
         self._model = model
         self._created = int(time.time())
+        self._stats = Shared(backend.stats, STATS_KEEP_S)
 
     async def chat(self, request: ChatRequest) -> Response:
         """POST /v1/chat/completions."""
@@ -92,7 +104,7 @@ class Api:
 
     async def stats(self) -> dict[str, Any]:
         """GET /v1/stats: engine and devices, without the names of resident experts."""
-        stats = (await self._backend.stats()).as_dict()
+        stats = (await self._stats.get()).as_dict()
         for device in stats["devices"].values():
             del device["resident_experts"]
         return stats
@@ -107,11 +119,16 @@ class Api:
         return JSONResponse({"status": "ok", "model": card["name"]})
 
 
-def create_app(api: Api, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
+def create_app(
+    api: Api,
+    lifespan: AbstractAsyncContextManager[None] | None = None,
+    gather: Callable[[], Awaitable[bytes]] | None = None,
+) -> FastAPI:
     """The web application.
 
     Args:
         lifespan: entered when the server starts and left when it ends.
+        gather: metrics of all nodes, as text; None: there are none.
     """
     app = FastAPI(title="raymoe", lifespan=(lambda _: lifespan) if lifespan is not None else None)
     app.add_middleware(BodyLimit, limit_bytes=MAX_BODY_BYTES)
@@ -123,6 +140,7 @@ def create_app(api: Api, lifespan: AbstractAsyncContextManager[None] | None = No
     app.get("/v1/models/{name:path}")(api.model)
     app.get("/v1/stats")(api.stats)
     app.get("/health", response_model=None)(api.health)
+    app.include_router(watching_routes(api.backend, gather))
     return app
 
 

@@ -53,12 +53,20 @@ class EngineClient:
         """The served model. Raises EngineStoppedError where generation does not work now."""
         return await self._call("card", CARD_TIMEOUT_S)
 
-    async def stats(self) -> "ClusterStats":
-        """Devices and engine."""
-        return await self._call("stats", STATS_TIMEOUT_S)
+    async def stats(self, names: bool = False) -> "ClusterStats":
+        """Devices and engine; with ``names`` also those of the resident experts."""
+        return await self._call("stats", STATS_TIMEOUT_S, names)
 
-    async def _call(self, method: str, timeout_s: float) -> Any:
-        response = getattr(self._handle, method).remote()
+    async def residency(self) -> dict[str, Any]:
+        """Where every expert is."""
+        return await self._call("residency", STATS_TIMEOUT_S)
+
+    async def timeline(self) -> dict[str, Any]:
+        """The last few decode steps."""
+        return await self._call("timeline", STATS_TIMEOUT_S)
+
+    async def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
+        response = getattr(self._handle, method).remote(*arguments)
         try:
             return await asyncio.wait_for(_own_errors(response), timeout_s)
         except TimeoutError as error:

@@ -15,6 +15,7 @@ from raymoe.engine.request import Chunk, Result, collect
 from raymoe.errors import RaymoeError
 from raymoe.serve.api import Api, create_app
 from raymoe.serve.client import EngineClient
+from raymoe.serve.gathering import Gatherer, ray_nodes
 
 if TYPE_CHECKING:
     from raymoe.engine.service import Prompt
@@ -39,7 +40,8 @@ class Ingress:
         context = serve.get_replica_context()
         holder = f"ingress-{context.replica_id.unique_id}"
         lifespan = holding(self._client, lambda: Lease(context.app_name, holder))
-        return create_app(Api(self._client, self._config.model.served_name), lifespan)
+        gather = Gatherer(context.app_name, ray_nodes).gather
+        return create_app(Api(self._client, self._config.model.served_name), lifespan, gather)
 
     async def generate(self, prompt: "Prompt", **options: Any) -> Result:
         """A whole answer. ``options`` are the fields of SamplingParams; max_tokens defaults to 128."""
@@ -54,7 +56,7 @@ class Ingress:
 
     async def stats(self) -> "ClusterStats":
         """Devices and engine."""
-        return await self._client.stats()
+        return await self._client.stats(names=True)
 
 
 @contextlib.asynccontextmanager
