@@ -14,7 +14,7 @@ PORT ?= 8000
 JOBS ?= $(shell nproc)
 PROMPT ?= Elizabeth looked at Mr. Darcy and
 
-.PHONY: run test check bench lint types imports unit clean
+.PHONY: run test check bench lint types imports unit test-browser clean
 
 # torch first and alone: with a CPU build installed, nothing later asks for the CUDA one
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -50,6 +50,11 @@ imports: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/unit -n $(JOBS) --dist worksteal
 
+# the page in a headless Chromium; Debian's is installed where there is none (CHROMIUM names another)
+test-browser: $(VENV)/.dev
+	test -n "$$CHROMIUM" || command -v chromium || (apt-get update && apt-get install -y chromium)
+	$(BIN)/python -m pytest tests/browser
+
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.decode --quick --json out/decode.json
 	$(BIN)/python -m benchmarks.micro --quick --json out/micro.json
@@ -57,6 +62,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.predictor --quick --json out/predictor.json
 	$(BIN)/python -m benchmarks.on_demand --quick --json out/on-demand.json
 	$(BIN)/python -m benchmarks.joint --quick --json out/joint.json
+	$(BIN)/python -m benchmarks.observe --quick --json out/observe.json
 	$(BIN)/python -m benchmarks.planning out/on-demand.json --json out/planning.json
 	$(BIN)/python -m benchmarks.simulation --quick --measured out/on-demand.json --json out/simulation.json
 

@@ -360,14 +360,16 @@ def wait_until_gone(name: str, timeout_s: float = 30.0) -> None:
     raise StartError(f"the actor {name} of an earlier start does not end; see `ray list actors`")
 
 
-def cluster_status(app: str) -> ClusterStats:
+def cluster_status(app: str, names: bool = True) -> ClusterStats:
     """Stats of the workers of a running application, from any driver of its Ray cluster.
+
+    With ``names``, also those of the resident experts.
 
     Raises StartError where no such application runs.
     """
     try:
         placement = ray.get_actor(placement_name(app), NAMESPACE)
-        stats: Any = ray.get(placement.stats.remote(), timeout=STATS_TIMEOUT_S)
+        stats: Any = ray.get(placement.stats.remote(names), timeout=STATS_TIMEOUT_S)
         return stats
     except ValueError as error:
         raise StartError(f'no application "{app}" with remote workers runs on this Ray cluster') from error

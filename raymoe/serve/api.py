@@ -41,7 +41,7 @@ class Backend(Protocol):
         ...
 
     async def stats(self) -> "ClusterStats":
-        """Devices and engine, without names of resident experts where that costs. Raises RaymoeError where the engine does not answer."""
+        """Devices and engine. Raises RaymoeError where the engine does not answer."""
         ...
 
     async def residency(self) -> dict[str, Any]:

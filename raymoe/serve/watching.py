@@ -67,8 +67,8 @@ def watching_routes(watched: Watched, gather: Callable[[], Awaitable[bytes]] | N
         """What every process did in the last few decode steps."""
         return await _answer(timeline)
 
-    router.get("/v1/stats/residency", response_model=None)(tell_residency)
-    router.get("/v1/stats/timeline", response_model=None)(tell_timeline)
+    router.get("/v1/stats/residency", response_model=None, include_in_schema=False)(tell_residency)
+    router.get("/v1/stats/timeline", response_model=None, include_in_schema=False)(tell_timeline)
     router.get("/", response_model=None, include_in_schema=False)(page)
     router.get("/page/{name}", response_model=None, include_in_schema=False)(page_file)
     if gather is not None:
@@ -80,7 +80,7 @@ def watching_routes(watched: Watched, gather: Callable[[], Awaitable[bytes]] | N
 
             return Response(await gathered.get(), media_type=MEDIA_TYPE)
 
-        router.get("/metrics", response_model=None)(metrics)
+        router.get("/metrics", response_model=None, include_in_schema=False)(metrics)
     return router
 
 

@@ -24,11 +24,11 @@ from raymoe.serve.api import Api, create_app
 from raymoe.serve.batch import Batch
 from raymoe.types import Routing
 
-WORDS = (
-    " a single man in possession of a good fortune, must be in want of a wife. However little known the feelings or "
+TEXT = (
+    "a single man in possession of a good fortune, must be in want of a wife. However little known the feelings or "
     "views of such a man may be on his first entering a neighbourhood, this truth is so well fixed in the minds of "
     "the surrounding families, that he is considered the rightful property of some one or other of their daughters."
-).split(" ")[1:]
+)
 DEVICE = DeviceStats(
     name="edge-0", kind="cuda:0", transport="zmq", state="healthy", node="n", pid=4242, emulated_link=True,
     slot_budget_bytes=96 << 20, peak_slot_bytes=96 << 20, host_bytes=512 << 20, owned=0, resident=0,
@@ -125,7 +125,7 @@ class Scene:
                 main.append(["compute", "trunk", now, now + trunk, layer, [], ""])
                 now += trunk
                 longest = 0.0004
-                for name, spans in workers.items():
+                for spans in workers.values():
                     load = 0.0009 * float(self._random.random() > 0.7)
                     begin = now + 0.00008
                     if load:
@@ -135,22 +135,20 @@ class Scene:
                     work = 0.00025 + 0.0001 * self._random.random()
                     spans.append(["compute", "compute", begin + load, begin + load + work, layer, [3, 9], "hit"])
                     longest = max(longest, load + work + 0.00016, 0.0004)
-                    del name
                 main.append(["wait", "experts", now, now + longest, layer, [3, 9, 11, 30], ""])
                 now += longest
             main.append(["compute", "head", now, now + 0.0011, None, [], ""])
             main.append(["compute", "sample", now + 0.0011, now + 0.0014, None, [], ""])
             now += 0.0014
         processes = [{"role": "main", "emulated_link": False, "spans": main}]
-        processes += [
-            {"role": f"worker {name}", "emulated_link": True, "spans": spans} for name, spans in workers.items()
-        ]
+        for name, spans in workers.items():
+            processes.append({"role": f"worker {name}", "emulated_link": True, "spans": spans})
         return {"recorded_s": float(self._looks), "duration_s": now, "steps": 3, "processes": processes}
 
     async def stream(self, prompt: Any, params: Any) -> AsyncGenerator[Batch]:
         self._check()
         self.asked.append({"prompt": prompt, "params": params})
-        words = WORDS[: params.max_tokens or 16]
+        words = TEXT.split()[: params.max_tokens or 16]
         yield Batch()
         for place, word in enumerate(words):
             await asyncio.sleep(0.004)

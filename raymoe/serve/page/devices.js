@@ -127,7 +127,8 @@ class Card {
       const [layer, expert] = cell;
       const index = layer * this.residency.experts + expert;
       const heat = (this.heats[this.kind][index] / 255) * this.most[this.kind];
-      const word = this.kind === "use" ? `${heat.toFixed(heat < 10 ? 1 : 0)} uses lately` : `mean gate score ${heat.toFixed(3)}`;
+      const score = this.most.score ? `score ${heat.toFixed(3)}` : "no score under this policy";
+      const word = this.kind === "use" ? `${heat.toFixed(heat < 10 ? 1 : 0)} uses lately` : score;
       const state = this.state[index];
       text = `Layer ${layer}, expert ${expert}: ${STATES[state]}${state ? `, ${word}` : ""}`;
     }

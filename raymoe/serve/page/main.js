@@ -24,7 +24,7 @@ const timeline = new Timeline({
   legend: find("timeline-legend"),
   hold: find("timeline-hold"),
 });
-const settings = new Settings(find("settings"), { onChanged: () => look(), onError: askForKey });
+const settings = new Settings(find("settings"), { onError: askForKey });
 new Prompt(find("prompt"), { onError: askForKey });
 
 function showLegend() {

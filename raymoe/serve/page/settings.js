@@ -3,17 +3,18 @@
 import { change } from "./server.js";
 
 const SETTLE_MS = 350;
+const STALE_MS = 2500;
 
 export class Settings {
-  constructor(form, { onChanged, onError }) {
+  constructor(form, { onError }) {
     this.alpha = form.querySelector("#alpha");
     this.limit = form.querySelector("#alpha-max");
     this.note = form.querySelector("#settings-note");
     this.why = form.querySelector("#settings-why");
     this.outputs = { alpha: form.querySelector("#alpha-value"), limit: form.querySelector("#alpha-max-value") };
-    this.onChanged = onChanged;
     this.onError = onError;
     this.touched = false;
+    this.touches = 0;
     form.addEventListener("submit", (event) => event.preventDefault());
     for (const slider of [this.alpha, this.limit]) {
       slider.addEventListener("input", () => this.touch(slider));
@@ -42,6 +43,7 @@ export class Settings {
 
   touch(slider) {
     this.touched = true;
+    this.touches += 1;
     // alpha can't exceed its limit: whichever is moved takes the other along
     if (slider === this.alpha && Number(this.alpha.value) > Number(this.limit.value)) this.limit.value = this.alpha.value;
     if (slider === this.limit && Number(this.limit.value) < Number(this.alpha.value)) this.alpha.value = this.limit.value;
@@ -52,17 +54,17 @@ export class Settings {
   }
 
   async send() {
+    const touch = this.touches;
     const scheduling = { alpha: Number(this.alpha.value), alpha_max: Number(this.limit.value) };
     try {
       await change("v1/admin/settings", { scheduling });
       this.say("in force");
-      await this.onChanged();
     } catch (error) {
       this.say(error.message, "failed");
       this.onError(error);
-    } finally {
-      this.touched = false;
     }
+    await new Promise((resolve) => setTimeout(resolve, STALE_MS)); // until then, news may be from before the change
+    if (touch === this.touches) this.touched = false;
   }
 
   say(text, state = "") {
