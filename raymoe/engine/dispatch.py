@@ -171,7 +171,7 @@ class Dispatcher:
             if (row < 0).any():
                 raise ExpertUnavailableError(f"layer {layer}: expert {int(np.argmin(row))} has no owner")
         self._names, self._owner = names, table
-        self._gave_way = np.zeros(len(names), dtype=np.int64)
+        self._gave_way = [0] * len(names)
         self._resident = {
             name: [
                 (row == number[name]) if name not in self._bounded else np.zeros(len(row), dtype=bool) for row in table
@@ -288,11 +288,12 @@ class Dispatcher:
 
     def gave_way(self, layer: int, experts: np.ndarray) -> None:
         """These experts of the router's choice were replaced by others."""
-        np.add.at(self._gave_way, self._owner[layer][experts], 1)
+        for owner in self._owner[layer][experts].tolist():
+            self._gave_way[owner] += 1
 
     def substituted(self) -> dict[DeviceName, int]:
         """By device, the (token, expert) pairs of the router that would have been its to compute, but were replaced."""
-        return dict(zip(self._names, self._gave_way.tolist(), strict=True))
+        return dict(zip(self._names, self._gave_way, strict=True))
 
     def compute_parts(
         self,

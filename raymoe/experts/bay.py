@@ -8,7 +8,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,8 +193,10 @@ class Bay(ABC):
         self.counters.hits += hits
         self.counters.misses += pairs - hits
 
-    def _asked_for(self, identifiers: Iterable[int]) -> None:
+    def _asked_for(self, identifiers: list[int]) -> None:
         """A call wants these experts: what was loaded ahead of it was not in vain."""
+        if self._unused.isdisjoint(identifiers):
+            return
         used = self._unused.intersection(identifiers)
         self._unused -= used
         self.counters.prefetches_used += len(used)

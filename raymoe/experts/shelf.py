@@ -66,7 +66,8 @@ class Shelf(Bay):
             hits = int(np.count_nonzero(ready_P))
             self._count(len(experts_P), hits)
             if self._unused:
-                self._asked_for(expert_id(layer, expert) for expert in experts_P.tolist())
+                first = expert_id(layer, 0)
+                self._asked_for([first | expert for expert in experts_P.tolist()])
             if hits == len(experts_P):
                 self.residency.use(slots_P)
                 self._step = Step(layer, slots_P, deque(), deque())

@@ -4,12 +4,16 @@ L layers, E experts, P pairs (row, expert).
 """
 
 import math
+import threading
+from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
 FADE_S = 10.0  # after which a use counts a third: long enough to see habits of a text, short enough to follow it
+MOST_CALLS = 16_384  # that were not read yet: more than a second of a deep model's
+MOST_PAIRS = 256  # of one call; prompts ask for thousands, of nearly every expert
 MOST = 255  # heat is told in one byte per expert
 
 
@@ -44,26 +48,29 @@ class ResidencyMap:
 class Usage:
     """Uses of every expert, fading with time. Counted by the thread that computes, read by others.
 
-    Reading is rare and does all the work: a count is one addition per pair.
+    Reading is rare and does all the work: to note a call is to put it aside. What nobody reads for long is forgotten,
+    as it would have faded.
     """
 
     def __init__(self, layers: int, experts: int) -> None:
-        self._counted_LE = np.zeros((layers, experts), dtype=np.int64)
-        self._seen_LE = np.zeros((layers, experts), dtype=np.int64)
+        self._noted: deque[tuple[int, np.ndarray]] = deque(maxlen=MOST_CALLS)
         self._recent_LE = np.zeros((layers, experts), dtype=np.float64)
         self._seen_s = -math.inf
+        self._reading = threading.Lock()
 
     def note(self, layer: int, experts_P: np.ndarray) -> None:
-        """These pairs were asked for."""
-        np.add.at(self._counted_LE[layer], experts_P, 1)
+        """These pairs were asked for. Of a prompt's many, evenly spread ones stand for all."""
+        self._noted.append((layer, experts_P[:: len(experts_P) // MOST_PAIRS + 1].copy()))
 
     def recent(self, now_s: float) -> np.ndarray:
         """Uses [L, E], each weighing less the longer ago it was seen here."""
-        counted_LE = self._counted_LE.copy()
-        self._recent_LE *= math.exp(-max(0.0, now_s - self._seen_s) / FADE_S)
-        self._recent_LE += counted_LE - self._seen_LE
-        self._seen_LE, self._seen_s = counted_LE, now_s
-        return self._recent_LE.copy()
+        with self._reading:
+            self._recent_LE *= math.exp(-max(0.0, now_s - self._seen_s) / FADE_S)
+            self._seen_s = now_s
+            for _ in range(len(self._noted)):
+                layer, experts_P = self._noted.popleft()
+                np.add.at(self._recent_LE[layer], experts_P, 1.0)
+            return self._recent_LE.copy()
 
 
 def as_heat(value_LE: np.ndarray) -> tuple[bytes, float]:
