@@ -4,6 +4,10 @@ Everything is in one process (one local device), which is the dearest case: whoe
 the trunk and the experts. The page is a thread that asks what the server would ask the engine for one open page.
 
     python -m benchmarks.observe --json out/observe.json
+
+overhead_profile is the time spent in these calls over the time of the decode steps; overhead_paired how much slower
+decoding is, piece by piece in turn with one where nobody looks and nothing is counted. overhead_paired_spare_core
+leaves whoever looks a core of their own, which is also a quieter measurement.
 """
 
 import contextlib
@@ -25,8 +29,8 @@ from raymoe.observe.sink import Silent
 from raymoe.types import DeviceName
 
 LOOK_S = 1.0
-TOKENS, QUICK_TOKENS = 160, 120  # more than a second: a look at least falls into every piece
-ROUNDS, QUICK_ROUNDS = 60, 8
+TOKENS = 120  # more than a second: a look at least falls into every piece
+ROUNDS, QUICK_ROUNDS = 40, 8
 PROMPT = list(range(200, 216))
 CONFIG = {
     "model": {"dtype": "float32"},
@@ -181,42 +185,49 @@ def paired(session: Session, tokens: int, rounds: int) -> list[float]:
     return found
 
 
-def figures(session: Session, quick: bool) -> list[Figure]:
-    """Both, in percent of a decode step."""
-    tokens, rounds = (QUICK_TOKENS, QUICK_ROUNDS) if quick else (TOKENS, ROUNDS)
-    tpot_s(session, 40)
+def profile(session: Session, runs: int) -> Figure:
+    """Time spent on being looked at, in percent of a decode step."""
     shares: list[float] = []
     parts: dict[str, float] = {}
     decode_s = 0.0
-    for _ in range(3 if quick else 6):
-        spent_s, took_s = profiled(session, tokens)
+    for _ in range(runs):
+        spent_s, took_s = profiled(session, TOKENS)
         shares.append(100 * sum(spent_s.values()) / took_s)
         decode_s += took_s
         for label, seconds in spent_s.items():
             parts[label] = parts.get(label, 0.0) + seconds
     split = ", ".join(f"{label} {100 * seconds / decode_s:.2f}" for label, seconds in sorted(parts.items()))
-    differences = [100 * value for value in paired(session, tokens, rounds)]
-    low, high = interval(differences)
-    return [
-        figure("overhead_profile", shares, "% of TPOT", f"asked < 2; {split}"),
-        Figure(
-            name="overhead_paired",
-            value=statistics.median(differences),
-            unit="% of TPOT",
-            n=len(differences),
-            spread=(low, high),
-            note=f"asked < 2; median and its 95% interval; mean {statistics.fmean(differences):.2f}",
-        ),
-    ]
+    return figure("overhead_profile", shares, "% of TPOT", f"asked < 2; {split}")
+
+
+def difference(session: Session, name: str, rounds: int) -> Figure:
+    """How much slower it is while looked at, in percent of a decode step."""
+    differences = [100 * value for value in paired(session, TOKENS, rounds)]
+    return Figure(
+        name=name,
+        value=statistics.median(differences),
+        unit="% of TPOT",
+        n=len(differences),
+        spread=interval(differences),
+        note=f"asked < 2; median and its 95% interval; mean {statistics.fmean(differences):.2f}",
+    )
 
 
 def main() -> None:
     """Measure and report."""
     options = arguments(__doc__ or "")
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    session = Session(ClusterConfig.model_validate(CONFIG), "observe-benchmark")
-    with Moe(session, owns_ray=True):
-        found = figures(session, options.quick)
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    found = []
+    for name, threads in (("overhead_paired", None), ("overhead_paired_spare_core", 1)):
+        config = ClusterConfig.model_validate(CONFIG | {"trunk": {"threads": threads}})
+        session = Session(config, f"observe-benchmark-{threads}")
+        with Moe(session, owns_ray=False):
+            tpot_s(session, 40)
+            if threads is None:
+                found.append(profile(session, 3 if options.quick else 6))
+            found.append(difference(session, name, rounds))
+    ray.shutdown()
     report("What it costs to be looked at", found, {"config": CONFIG, "look_s": LOOK_S}, options.json)
 
 

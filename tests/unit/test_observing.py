@@ -99,6 +99,13 @@ def test_orders_of_a_conveyor_are_counted_as_used_when_their_call_comes() -> Non
     assert conveyor.counters.link_busy_s > 0
 
 
+def test_pairs_that_gave_way_are_counted_at_their_devices() -> None:
+    with local_service(EMBEDDED_MODEL, slot_memory=8 << 20, policy="importance", alpha=0.5) as service:
+        service.generate([1, 2, 3], max_tokens=24, temperature=0.0, ignore_eos=True)
+        assert service.substituted == {"cpu-0": service.report().routing.substituted}
+        assert service.substituted["cpu-0"] > 0
+
+
 # --- the last steps -------------------------------------------------------------------------------------
 
 
