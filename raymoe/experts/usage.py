@@ -53,23 +53,24 @@ class Usage:
     """
 
     def __init__(self, layers: int, experts: int) -> None:
-        self._noted: deque[tuple[int, np.ndarray]] = deque(maxlen=MOST_CALLS)
+        self._noted: deque[np.ndarray] = deque(maxlen=MOST_CALLS)  # places in the table, layer by layer
         self._recent_LE = np.zeros((layers, experts), dtype=np.float64)
         self._seen_s = -math.inf
         self._reading = threading.Lock()
 
     def note(self, layer: int, experts_P: np.ndarray) -> None:
         """These pairs were asked for. Of a prompt's many, evenly spread ones stand for all."""
-        self._noted.append((layer, experts_P[:: len(experts_P) // MOST_PAIRS + 1].copy()))
+        self._noted.append(experts_P[:: len(experts_P) // MOST_PAIRS + 1] + layer * self._recent_LE.shape[1])
 
     def recent(self, now_s: float) -> np.ndarray:
         """Uses [L, E], each weighing less the longer ago it was seen here."""
         with self._reading:
             self._recent_LE *= math.exp(-max(0.0, now_s - self._seen_s) / FADE_S)
             self._seen_s = now_s
-            for _ in range(len(self._noted)):
-                layer, experts_P = self._noted.popleft()
-                np.add.at(self._recent_LE[layer], experts_P, 1.0)
+            noted = [self._noted.popleft() for _ in range(len(self._noted))]
+            if noted:
+                counts = np.bincount(np.concatenate(noted), minlength=self._recent_LE.size)
+                self._recent_LE += counts.reshape(self._recent_LE.shape)
             return self._recent_LE.copy()
 
 
