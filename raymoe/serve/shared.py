@@ -32,6 +32,10 @@ class Shared(Generic[Answer]):
             self._under_way.add_done_callback(self._ended)
         return await asyncio.shield(self._under_way)
 
+    def forget(self) -> None:
+        """What is kept is no longer true: the next one asks."""
+        self._kept = None
+
     async def _fetch(self) -> Answer:
         answer = await self._ask()
         self._kept = (self._clock(), answer)

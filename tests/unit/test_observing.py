@@ -203,6 +203,8 @@ def test_many_askers_are_one_question_and_errors_are_not_kept() -> None:
         assert await shared.get() == 2
         now_s = 1.1
         assert await shared.get() == 3
+        shared.forget()
+        assert await shared.get() == 4
 
     asyncio.run(scenario())
 
