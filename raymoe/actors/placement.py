@@ -27,13 +27,14 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from raymoe.actors.heartbeats import Heartbeats
 from raymoe.actors.names import NAMESPACE, Life, placement_name, worker_name
 from raymoe.actors.options import on_device
 from raymoe.actors.reports import device_stats, down_stats, settings_stats
 from raymoe.actors.shadow_keeper import ShadowKeeper
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
 from raymoe.errors import RaymoeError, StartError
-from raymoe.observe.metrics import Values, of_health, of_predictor
+from raymoe.observe.metrics import Values, of_predictor
 from raymoe.observe.ray_metrics import Publisher, RayExporter
 from raymoe.observe.stats import ClusterStats, EngineStats, PredictorStats
 from raymoe.placement.assignment import Fleet, fleet_of
@@ -65,7 +66,6 @@ LOAD_TIMEOUT_S = 3600.0  # to read a shard from disk
 REPORT_TIMEOUT_S = 5.0
 SHADOW_START_S = 300.0  # to open the checkpoint and quantise; then the model starts without
 WATCH_S = 1.0
-SILENT_S = 5.0  # a device of which nothing was heard for so long is shown as down; it is asked every other second
 HOST_SHARE = 0.8  # of the free memory of a node, for all shards on it
 
 
@@ -111,7 +111,7 @@ class PlacementShell:
         self._life = Life(actor=ray.get_runtime_context().get_actor_id() or "", start=uuid.uuid4().hex)
         self._replication = 1
         self._start_lock = threading.Lock()
-        self._heard_s: dict[DeviceName, float] = {}
+        self._heartbeats = Heartbeats()
         self._rebuild()
         Publisher(RayExporter(app), self._values).start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -279,10 +279,10 @@ class PlacementShell:
             try:
                 report, dropped = ray.get(reference, timeout=REPORT_TIMEOUT_S)
             except RayError:
-                info, age_s = self._infos[name], self._heartbeat_age_s(name)
+                info, age_s = self._infos[name], self._heartbeats.age_s(name)
                 devices[str(name)] = down_stats(kinds[name], node=info.node, pid=info.pid, heartbeat_age_s=age_s)
                 continue
-            self._heard_s[name] = time.monotonic()
+            self._heartbeats.heard(name)
             info = self._infos[name]
             devices[str(name)] = device_stats(
                 kinds[name], report, node=info.node, pid=info.pid, dropped_messages=dropped, heartbeat_age_s=0.0
@@ -307,17 +307,9 @@ class PlacementShell:
                 maps[str(name)] = ray.get(reference, timeout=REPORT_TIMEOUT_S)
         return maps
 
-    def _heartbeat_age_s(self, name: DeviceName) -> float | None:
-        heard_s = self._heard_s.get(name)
-        return None if heard_s is None else time.monotonic() - heard_s
-
     def _values(self) -> Values:
         """Metrics of what this actor alone sees."""
-        values = of_predictor(self._predictor_stats())
-        for name in list(self._workers):
-            age_s = self._heartbeat_age_s(name)
-            values += of_health(name, up=age_s is not None and age_s < SILENT_S, heartbeat_age_s=age_s)
-        return values
+        return of_predictor(self._predictor_stats()) + self._heartbeats.values(list(self._workers))
 
     def _predictor_stats(self) -> PredictorStats | None:
         """The shadow's; other kinds are part of the engine, and well while that is."""
@@ -409,18 +401,9 @@ class PlacementShell:
         while not self._holders.is_abandoned(time.monotonic()):
             time.sleep(WATCH_S)
             self._watch_shadow()
-            self._listen_to_workers()
+            self._heartbeats.listen(dict(self._workers), WATCH_S)
         log.info("nobody holds application %s any more; ending its workers", self._app)
         self.shutdown()
-
-    def _listen_to_workers(self) -> None:
-        """Note who answers a short question."""
-        asked: dict[Any, DeviceName] = {handle.progress.remote(): name for name, handle in self._workers.items()}
-        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=WATCH_S) if asked else ([], [])
-        for reference in done:
-            with contextlib.suppress(RayError):
-                ray.get(reference)
-                self._heard_s[asked[reference]] = time.monotonic()
 
     def _watch_shadow(self) -> None:
         """A shadow that Ray has started again is connected again; meanwhile engines are told that there is none."""

@@ -6,10 +6,14 @@ L layers, E experts, P pairs (row, expert).
 import math
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
+
+from raymoe.experts.bay import Bay
+from raymoe.experts.call import layer_and_expert
 
 FADE_S = 10.0  # after which a use counts a third: long enough to see habits of a text, short enough to follow it
 MOST_CALLS = 16_384  # that were not read yet: more than a second of a deep model's
@@ -80,3 +84,38 @@ def as_heat(value_LE: np.ndarray) -> tuple[bytes, float]:
     if most <= 0.0:
         return bytes(value_LE.size), 0.0
     return np.rint(value_LE * (MOST / most)).astype(np.uint8).tobytes(), most
+
+
+def residency_map(
+    owned: Sequence[np.ndarray], bays: Sequence[Bay], use_LE: np.ndarray, *, has_slots: bool
+) -> ResidencyMap:
+    """What a worker's books say.
+
+    Args:
+        owned: bool per expert, by layer.
+        use_LE: uses lately.
+        has_slots: whether an expert must be in one to be computed.
+    """
+    place_LE = np.full(use_LE.shape, Place.ELSEWHERE, dtype=np.uint8)
+    score_LE = np.zeros(use_LE.shape, dtype=np.float32)
+    for owned_E, place_E in zip(owned, place_LE, strict=True):
+        place_E[: len(owned_E)][owned_E] = Place.HOST if has_slots else Place.READY
+    for bay in bays:
+        ready_LE, loading = bay.ready_and_loading()
+        place_LE[ready_LE] = Place.READY
+        for identifier in loading:
+            place_LE[layer_and_expert(identifier)] = Place.LOADING
+        worth_LE = bay.worth_LE()
+        if worth_LE is not None:
+            np.maximum(score_LE, worth_LE, out=score_LE)
+    use, use_max = as_heat(use_LE)
+    score, score_max = as_heat(score_LE)
+    return ResidencyMap(
+        layers=use_LE.shape[0],
+        experts=use_LE.shape[1],
+        place=place_LE.tobytes(),
+        use=use,
+        use_max=use_max,
+        score=score,
+        score_max=score_max,
+    )

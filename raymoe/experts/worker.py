@@ -27,7 +27,7 @@ from raymoe.experts.link import EmulatedLink, Link, MemoryLink
 from raymoe.experts.loader import CudaLoader, Loader, ThreadLoader
 from raymoe.experts.report import WorkerReport
 from raymoe.experts.shelf import Shelf
-from raymoe.experts.usage import Place, ResidencyMap, Usage, as_heat
+from raymoe.experts.usage import ResidencyMap, Usage, residency_map
 from raymoe.experts.watch import CallWatch
 from raymoe.kernels.native import NativeKernels
 from raymoe.observe.trace import Recording, Tracer
@@ -441,30 +441,7 @@ class ExpertWorker:
 
     def residency(self) -> ResidencyMap:
         """Where every expert is, how much it was used lately, and how high it scores."""
-        layers, experts = self.num_layers, max(layer.num_experts for layer in self.layers)
-        place_LE = np.full((layers, experts), Place.ELSEWHERE, dtype=np.uint8)
-        score_LE = np.zeros((layers, experts), dtype=np.float32)
-        for owned, row in zip(self._owned, place_LE, strict=True):
-            row[: len(owned)][owned] = Place.HOST if self.has_slots else Place.READY
-        for bay in self._bays:
-            ready_LE, loading = bay.ready_and_loading()
-            place_LE[ready_LE] = Place.READY
-            for identifier in loading:
-                place_LE[layer_and_expert(identifier)] = Place.LOADING
-            worth_LE = bay.worth_LE()
-            if worth_LE is not None:
-                np.maximum(score_LE, worth_LE, out=score_LE)
-        use, use_max = as_heat(self._usage.recent(time.monotonic()))
-        score, score_max = as_heat(score_LE)
-        return ResidencyMap(
-            layers=layers,
-            experts=experts,
-            place=place_LE.tobytes(),
-            use=use,
-            use_max=use_max,
-            score=score,
-            score_max=score_max,
-        )
+        return residency_map(self._owned, self._bays, self._usage.recent(time.monotonic()), has_slots=self.has_slots)
 
     def report(self, *, names: bool = True) -> WorkerReport:
         """Memory, residency and totals. Slots are allocated once, so their size is also their peak.
