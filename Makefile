@@ -14,7 +14,7 @@ PORT ?= 8000
 JOBS ?= $(shell nproc)
 PROMPT ?= Elizabeth looked at Mr. Darcy and
 
-.PHONY: run test check bench soak lint types imports unit clean
+.PHONY: run test check bench soak lint types imports unit test-browser docs clean
 
 # torch first and alone: with a CPU build installed, nothing later asks for the CUDA one
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -50,6 +50,15 @@ imports: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/unit -n $(JOBS) --dist worksteal
 
+# the page in a headless Chromium; Debian's is installed where there is none (CHROMIUM names another)
+test-browser: $(VENV)/.dev
+	test -n "$$CHROMIUM" || command -v chromium || (apt-get update && apt-get install -y chromium)
+	$(BIN)/python -m pytest tests/browser
+
+# the documentation as a site, in out/site
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.decode --quick --json out/decode.json
 	$(BIN)/python -m benchmarks.micro --quick --json out/micro.json
@@ -58,6 +67,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.on_demand --quick --json out/on-demand.json
 	$(BIN)/python -m benchmarks.joint --quick --json out/joint.json
 	$(BIN)/python -m benchmarks.serve --quick --json out/serve.json
+	$(BIN)/python -m benchmarks.observe --quick --json out/observe.json
 	$(BIN)/python -m benchmarks.planning out/on-demand.json --json out/planning.json
 	$(BIN)/python -m benchmarks.simulation --quick --measured out/on-demand.json --json out/simulation.json
 

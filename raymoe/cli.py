@@ -23,11 +23,13 @@ from raymoe import (
     probing,
     recording,
     simulating,
+    top_command,
     tracing,
 )
 from raymoe.chatting import stream_chat
 from raymoe.errors import CheckpointError, ConfigError, RaymoeError, RequestError, StartError
 from raymoe.observe import terminal
+from raymoe.running import the_application
 
 if TYPE_CHECKING:
     from raymoe.checkpoint.checkpoint import Checkpoint
@@ -185,6 +187,7 @@ def status(
 
 app.command()(chatting.chat)
 app.add_typer(keys_command.app, name="keys")
+app.command()(top_command.top)
 
 # --- measuring a model ----------------------------------------------------------------------------------
 
@@ -304,22 +307,6 @@ def check_dtype(dtype: str, *, allow_auto: bool = True) -> None:
     known = ["float32", "bfloat16", "float16"]
     if dtype not in (known + ["auto"] * allow_auto):
         raise ConfigError(f'--dtype is "{dtype}", allowed is {", ".join(["auto"] * allow_auto + known)}')
-
-
-def the_application() -> str:
-    """The one application that runs on this Ray cluster. Raises StartError where there are none or several."""
-    import ray
-
-    from raymoe.actors.names import NAMESPACE, placement_name
-
-    head, tail = placement_name("\0").split("\0")
-    names = [item["name"] for item in ray.util.list_named_actors(all_namespaces=True) if item["namespace"] == NAMESPACE]
-    running = sorted(name[len(head) : -len(tail)] for name in names if name.startswith(head) and name.endswith(tail))
-    if not running:
-        raise StartError("a Ray cluster runs here, but no application of raymoe; start one with: raymoe serve CONFIG")
-    if len(running) > 1:
-        raise StartError(f"several applications run: {', '.join(running)}; choose one with --name")
-    return running[0]
 
 
 # --- output ---------------------------------------------------------------------------------------------

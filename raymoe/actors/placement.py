@@ -27,12 +27,15 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from raymoe.actors.heartbeats import Heartbeats
 from raymoe.actors.names import NAMESPACE, Life, placement_name, worker_name
 from raymoe.actors.options import on_device
-from raymoe.actors.reports import device_stats, down_stats
+from raymoe.actors.reports import device_stats, down_stats, settings_stats
 from raymoe.actors.shadow_keeper import ShadowKeeper
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
 from raymoe.errors import RaymoeError, StartError
+from raymoe.observe.metrics import Values, of_predictor
+from raymoe.observe.ray_metrics import Publisher, RayExporter
 from raymoe.observe.stats import ClusterStats, EngineStats, PredictorStats
 from raymoe.placement.assignment import Fleet, fleet_of
 from raymoe.placement.grouping import grouped_ownership
@@ -51,6 +54,7 @@ from raymoe.types import DeviceName, ExpertKey, LayerSize
 
 if TYPE_CHECKING:
     from raymoe.actors.worker import WorkerInfo
+    from raymoe.experts.usage import ResidencyMap
     from raymoe.transport.frames import Limits
     from raymoe.transport.placement import OrderDesk, PlacementServer
     from raymoe.transport.sockets import Endpoint
@@ -107,7 +111,9 @@ class PlacementShell:
         self._life = Life(actor=ray.get_runtime_context().get_actor_id() or "", start=uuid.uuid4().hex)
         self._replication = 1
         self._start_lock = threading.Lock()
+        self._heartbeats = Heartbeats()
         self._rebuild()
+        Publisher(RayExporter(app), self._values).start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     # --- lifecycle --------------------------------------------------------------------------------------
@@ -260,20 +266,26 @@ class PlacementShell:
 
     # --- looking ----------------------------------------------------------------------------------------
 
-    def stats(self) -> ClusterStats:
-        """Every worker's report, one that does not answer is "down", and what the engine said a moment ago."""
-        asked: dict[DeviceName, Any] = {name: handle.report.remote() for name, handle in self._workers.items()}
+    def stats(self, names: bool = True) -> ClusterStats:
+        """Every worker's report, one that does not answer is "down", and what the engine said a moment ago.
+
+        Args:
+            names: also of the resident experts, of which there may be ten thousands.
+        """
+        asked: dict[DeviceName, Any] = {name: handle.report.remote(names) for name, handle in self._workers.items()}
         kinds = {DeviceName(device.name): device for device in self._config.devices}
         devices = {}
         for name, reference in asked.items():
             try:
                 report, dropped = ray.get(reference, timeout=REPORT_TIMEOUT_S)
             except RayError:
-                devices[str(name)] = down_stats(kinds[name], node=self._infos[name].node, pid=self._infos[name].pid)
+                info, age_s = self._infos[name], self._heartbeats.age_s(name)
+                devices[str(name)] = down_stats(kinds[name], node=info.node, pid=info.pid, heartbeat_age_s=age_s)
                 continue
+            self._heartbeats.heard(name)
             info = self._infos[name]
             devices[str(name)] = device_stats(
-                kinds[name], report, node=info.node, pid=info.pid, dropped_messages=dropped
+                kinds[name], report, node=info.node, pid=info.pid, dropped_messages=dropped, heartbeat_age_s=0.0
             )
         engine = self._engine
         return ClusterStats(
@@ -283,7 +295,21 @@ class PlacementShell:
             replication=self._replication,
             policy=self._scheduling.policy,
             predictor=self._predictor_stats(),
+            settings=settings_stats(self._scheduling),
         )
+
+    def residency(self) -> "dict[str, ResidencyMap]":
+        """Every worker's map; those that do not answer are left out."""
+        asked: dict[DeviceName, Any] = {name: handle.residency.remote() for name, handle in self._workers.items()}
+        maps: dict[str, ResidencyMap] = {}
+        for name, reference in asked.items():
+            with contextlib.suppress(RayError):
+                maps[str(name)] = ray.get(reference, timeout=REPORT_TIMEOUT_S)
+        return maps
+
+    def _values(self) -> Values:
+        """Metrics of what this actor alone sees."""
+        return of_predictor(self._predictor_stats()) + self._heartbeats.values(list(self._workers))
 
     def _predictor_stats(self) -> PredictorStats | None:
         """The shadow's; other kinds are part of the engine, and well while that is."""
@@ -318,7 +344,9 @@ class PlacementShell:
         model = self._config.model.model_dump(mode="json")
         remote_class: Any = ray.remote(WorkerShell)
         settings = self._scheduling.model_dump(mode="json")
-        return remote_class.options(**options).remote(model, device.model_dump(mode="json"), self._limits, settings)
+        return remote_class.options(**options).remote(
+            self._app, model, device.model_dump(mode="json"), self._limits, settings
+        )
 
     def _describe(self, name: DeviceName, handle: ActorHandle) -> "WorkerInfo":
         try:
@@ -373,6 +401,7 @@ class PlacementShell:
         while not self._holders.is_abandoned(time.monotonic()):
             time.sleep(WATCH_S)
             self._watch_shadow()
+            self._heartbeats.listen(dict(self._workers), WATCH_S)
         log.info("nobody holds application %s any more; ending its workers", self._app)
         self.shutdown()
 

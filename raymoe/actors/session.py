@@ -19,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from raymoe.actors.lease import Lease
 from raymoe.actors.names import NAMESPACE, Life, placement_name
+from raymoe.actors.observing import Observer
 from raymoe.actors.placement import (
     HOST_SHARE,
     ClusterView,
@@ -28,7 +29,7 @@ from raymoe.actors.placement import (
     hand_out,
     spreads,
 )
-from raymoe.actors.reports import device_stats
+from raymoe.actors.reports import device_stats, settings_stats
 from raymoe.actors.tracing import ClusterTrace
 from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.checkpoint.opening import open_checkpoint
@@ -94,6 +95,7 @@ class Session:
             forecast = self._news.forecast if self._news is not None and bounded_devices(config) else None
             self.service = ModelService(self.checkpoint, config, dispatcher, on_forecast=forecast, link=self._link)
             self._adopt()
+            self.observer = Observer(app, config, self.service, self._local, self._placement, self._engine_stats)
         except BaseException:
             self.close()
             raise
@@ -238,19 +240,28 @@ class Session:
 
     # --- looking ----------------------------------------------------------------------------------------
 
-    def stats(self) -> ClusterStats:
-        """Devices, local and remote, and the engine."""
+    def stats(self, names: bool = True) -> ClusterStats:
+        """Devices, local and remote, and the engine.
+
+        Args:
+            names: also of the resident experts, of which there may be ten thousands.
+        """
         devices: dict[str, DeviceStats] = {}
         kind = self.config.predictor_kind
         predictor = PredictorStats(kind=kind, state="healthy") if kind is not None else None
         if self._placement is not None:
-            workers: Any = ray.get(self._placement.stats.remote(), timeout=STATS_TIMEOUT_S)
+            workers: Any = ray.get(self._placement.stats.remote(names), timeout=STATS_TIMEOUT_S)
             devices |= workers.devices
             predictor = workers.predictor or predictor
         for device in self.config.devices:
             worker = self._local.get(DeviceName(device.name))
             if worker is not None:
-                devices[device.name] = device_stats(device, worker.report(), node="local", pid=os.getpid())
+                report = worker.report(names=names)
+                devices[device.name] = device_stats(device, report, node="local", pid=os.getpid())
+        substituted = self.service.substituted
+        devices = {
+            name: replace(stats, substituted=substituted.get(DeviceName(name), 0)) for name, stats in devices.items()
+        }
         return ClusterStats(
             app=self.app,
             devices={device.name: devices[device.name] for device in self.config.devices if device.name in devices},
@@ -258,6 +269,7 @@ class Session:
             replication=self.replication,
             policy=self.config.scheduling.policy,
             predictor=predictor,
+            settings=settings_stats(self.scheduling),
         )
 
     def trace(self) -> ClusterTrace:
@@ -280,6 +292,7 @@ class Session:
             bytes_loaded=routing.bytes_loaded,
             refused_settings=self.refused_settings,
             recall=routing.recall,
+            lead_s=self.service.lead_s,
             drafted=routing.drafted,
             accepted=routing.accepted,
             **{name: getattr(report, name) for name in report.__slots__ if name != "routing"},
@@ -287,7 +300,9 @@ class Session:
 
     def close(self) -> None:
         """Stop the engine and let go of the workers; they end when nobody else holds them."""
-        service = getattr(self, "service", None)
+        observer, service = getattr(self, "observer", None), getattr(self, "service", None)
+        if observer is not None:
+            observer.close()
         if service is not None:
             service.close()
         for worker in self._local.values():
@@ -345,14 +360,16 @@ def wait_until_gone(name: str, timeout_s: float = 30.0) -> None:
     raise StartError(f"the actor {name} of an earlier start does not end; see `ray list actors`")
 
 
-def cluster_status(app: str) -> ClusterStats:
+def cluster_status(app: str, names: bool = True) -> ClusterStats:
     """Stats of the workers of a running application, from any driver of its Ray cluster.
+
+    With ``names``, also those of the resident experts.
 
     Raises StartError where no such application runs.
     """
     try:
         placement = ray.get_actor(placement_name(app), NAMESPACE)
-        stats: Any = ray.get(placement.stats.remote(), timeout=STATS_TIMEOUT_S)
+        stats: Any = ray.get(placement.stats.remote(names), timeout=STATS_TIMEOUT_S)
         return stats
     except ValueError as error:
         raise StartError(f'no application "{app}" with remote workers runs on this Ray cluster') from error

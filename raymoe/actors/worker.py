@@ -8,14 +8,18 @@ import psutil
 import ray
 import torch
 
+from raymoe.actors.reports import device_stats
 from raymoe.config import DeviceConfig, ModelConfig, SchedulingConfig
 from raymoe.errors import ConfigError
+from raymoe.observe import metrics
+from raymoe.observe.ray_metrics import Publisher, RayExporter
 from raymoe.observe.trace import Recording
 from raymoe.transport.frames import Limits
 from raymoe.transport.sockets import Endpoint
 from raymoe.types import ExpertKey
 
 if TYPE_CHECKING:
+    from raymoe.experts.usage import ResidencyMap
     from raymoe.experts.worker import WorkerReport
     from raymoe.transport.server import WorkerServer
 
@@ -43,7 +47,7 @@ class WorkerShell:
     """One expert worker. Raises CheckpointError where the checkpoint can't be opened on this node."""
 
     def __init__(
-        self, model: dict[str, Any], device: dict[str, Any], limits: Limits, scheduling: dict[str, Any]
+        self, app: str, model: dict[str, Any], device: dict[str, Any], limits: Limits, scheduling: dict[str, Any]
     ) -> None:
         # here and not above: transformers takes seconds to import, and the placement actor needs only the class
         from raymoe.checkpoint.opening import open_checkpoint
@@ -60,6 +64,7 @@ class WorkerShell:
         self._worker = make_worker(self._checkpoint, self._device, self._scheduling)
         self._owned: set[ExpertKey] = set()
         self._server: WorkerServer | None = None
+        self._publisher = Publisher(RayExporter(app), self._values).start()
 
     def describe(self) -> WorkerInfo:
         """Node, address, free memory, shard, residency, endpoint and settings."""
@@ -110,6 +115,18 @@ class WorkerShell:
         """Begin to record; or end it, which returns what was recorded."""
         return self._worker.trace(on)
 
-    def report(self) -> "tuple[WorkerReport, int]":
-        """The worker's own report, and how many malformed messages were dropped."""
-        return self._worker.report(), self._server.dropped if self._server else 0
+    def report(self, names: bool = True) -> "tuple[WorkerReport, int]":
+        """The worker's own report, and how many malformed messages were dropped.
+
+        Args:
+            names: also of the resident experts.
+        """
+        return self._worker.report(names=names), self._server.dropped if self._server else 0
+
+    def residency(self) -> "ResidencyMap":
+        """Where every expert is, and how much it is used."""
+        return self._worker.residency()
+
+    def _values(self) -> metrics.Values:
+        report, dropped = self.report(names=False)
+        return metrics.of_device(device_stats(self._device, report, node="", pid=0, dropped_messages=dropped))

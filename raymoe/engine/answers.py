@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from raymoe.engine.request import Chunk, TokenLogprob, Usage
-from raymoe.engine.sequence import Sequence
+from raymoe.engine.sequence import RequestId, Sequence
 from raymoe.engine.totals import Totals
 from raymoe.types import Routing
 
@@ -20,11 +20,15 @@ class Answers:
     Args:
         totals: counts tokens and costs here.
         on_end: does whatever a sequence's end needs, before its last chunk goes out.
+        on_token: told of each token.
     """
 
-    def __init__(self, totals: Totals, on_end: Callable[[Sequence], None]) -> None:
+    def __init__(
+        self, totals: Totals, on_end: Callable[[Sequence], None], on_token: Callable[[RequestId], None]
+    ) -> None:
         self._totals = totals
         self._on_end = on_end
+        self._on_token = on_token
         self._ready: list[tuple[Sequence, Chunk | BaseException]] | None = None
 
     @contextmanager
@@ -65,6 +69,7 @@ class Answers:
 
     def _emit(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         sequence.answer.append(token)
+        self._on_token(sequence.id)
         ended = token in sequence.end_tokens
         text = "" if ended else sequence.text.push(token)
         reason = None

@@ -176,6 +176,7 @@ class Dispatcher:
             if (row < 0).any():
                 raise ExpertUnavailableError(f"layer {layer}: expert {int(np.argmin(row))} has no owner")
         self._names, self._owner = names, table
+        self._gave_way = [0] * len(names)
         self._resident = {
             name: [
                 (row == number[name]) if name not in self._bounded else np.zeros(len(row), dtype=bool) for row in table
@@ -291,6 +292,15 @@ class Dispatcher:
             name = self._names[owner_P[mine_P[0]]]
             calls[name] = (mine_P, subset(layer, hidden_TH, experts_P[mine_P], rows_P[mine_P], scores_E, step))
         return self._ask_all(calls, len(experts_P), hidden_TH.device, meanwhile).view(tokens, k, -1)
+
+    def gave_way(self, layer: int, experts: np.ndarray) -> None:
+        """These experts of the router's choice were replaced by others."""
+        for owner in self._owner[layer][experts].tolist():
+            self._gave_way[owner] += 1
+
+    def substituted(self) -> dict[DeviceName, int]:
+        """By device, the (token, expert) pairs of the router that would have been its to compute, but were replaced."""
+        return dict(zip(self._names, self._gave_way, strict=True))
 
     def compute_parts(
         self,

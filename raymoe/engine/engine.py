@@ -35,6 +35,7 @@ from raymoe.model.blocks import MOST_ROWS
 from raymoe.model.kv_size import KvSize
 from raymoe.model.runner import Runner
 from raymoe.model.trials import make_cuttable
+from raymoe.observe.sink import Silent, Sink
 from raymoe.placement.alpha import AlphaControl
 from raymoe.types import Routing
 
@@ -56,6 +57,7 @@ class Engine:
 
     Attributes:
         experts: the say on routing. Another may be put in its place while no request is under way.
+        sink: told of requests and steps.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Engine:
     ) -> None:
         self._runner = runner
         self.experts = experts
+        self.sink: Sink = Silent()
         self._config = config
         self._drafting = drafting
         self._clock = clock
@@ -97,7 +100,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._totals = Totals()
         self._piece_size = PieceSize(config.prefill_chunk)
-        self._answers = Answers(self._totals, self._end)
+        self._answers = Answers(self._totals, self._end, lambda request: self.sink.token(request))
         self._control: AlphaControl | None = None
         self.reconfigure(scheduling)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -125,6 +128,7 @@ class Engine:
         with self._roster.changed:
             self._check_alive()
             self._roster.put(sequence)
+            self.sink.submitted(sequence.id)
         return sequence.id
 
     def cancel(self, request: RequestId) -> None:
@@ -147,6 +151,11 @@ class Engine:
             self._alpha = scheduling.alpha_of(None)
             self._control = AlphaControl(tpot_budget_s=budget_s, alpha_max=scheduling.alpha_max) if budget_s else None
             self.experts.reconfigure(scheduling)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request runs."""
+        return not self._roster.running
 
     @property
     def failure(self) -> BaseException | None:
@@ -211,7 +220,10 @@ class Engine:
             self._answers.finish(sequence, "cancelled", sequence.text.finish())
         for sequence in self._roster.admit(self._clock()):
             self._totals.admit(sequence)
-        running, experts = list(self._roster.running), self.experts
+            self.sink.admitted(sequence.id)
+        running = list(self._roster.running)
+        self.sink.step(len(running))
+        experts = self.experts  # after that: who looks on may put another in its place
         if self._reads_pieces and isinstance(experts, RowScheduler):
             self._step_together(running, experts)
         else:
@@ -388,6 +400,7 @@ class Engine:
 
     def _remove(self, sequence: Sequence) -> None:
         self._roster.remove(sequence)
+        self.sink.ended(sequence.id)
         if self._drafting is not None:
             self._drafting.end(sequence.id)
         self.experts.end(sequence.id)

@@ -7,6 +7,7 @@ T tokens, K experts per token, N experts of a plan.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -41,9 +42,17 @@ class ShadowLink(Protocol):
 
 
 class PlanBook:
-    """Plans of current and coming steps, and what steps really needed. For recall ([O] equations 2 and 3)."""
+    """Plans of current and coming steps, and what steps really needed. For recall ([O] equations 2 and 3).
 
-    def __init__(self) -> None:
+    Attributes:
+        lead_s: time by which plans came before their layer, summed over the ``led`` layers that had one.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.lead_s = 0.0
+        self.led = 0
+        self._clock = clock
+        self._put_s: dict[StepId, dict[int, float]] = {}
         self._plans: dict[StepId, dict[int, Plan]] = {}
         self._needed: dict[StepId, dict[int, np.ndarray]] = {}
         self._named = 0
@@ -55,6 +64,7 @@ class PlanBook:
         before = layers.get(plan.layer)
         if before is None or before.epoch <= plan.epoch:
             layers[plan.layer] = plan
+            self._put_s.setdefault(plan.step, {}).setdefault(plan.layer, self._clock())
 
     def add(self, plan: Plan) -> None:
         """Book a plan beside those of its epoch for the same layer: each position of a pass has one."""
@@ -68,6 +78,10 @@ class PlanBook:
     def needed(self, step: StepId, layer: int, experts_TK: np.ndarray) -> None:
         """Note what the router has chosen."""
         self._needed.setdefault(step, {})[layer] = experts_TK
+        put_s = self._put_s.get(step, {}).pop(layer, None)
+        if put_s is not None:
+            self.lead_s += self._clock() - put_s
+            self.led += 1
 
     def settle(self, sequence: int, position: int) -> None:
         """Count and forget the steps of a sequence before ``position``."""
@@ -79,11 +93,13 @@ class PlanBook:
                     self._named += int(np.isin(experts_TK, plans[layer].experts_N).sum())
         for step in [s for s in self._plans if s.sequence == sequence and s.position < position]:
             del self._plans[step]
+            self._put_s.pop(step, None)
 
     def forget(self, sequence: int) -> None:
         """Plans of a sequence that are void, whatever their epoch."""
         for step in [s for s in self._plans if s.sequence == sequence]:
             del self._plans[step]
+            self._put_s.pop(step, None)
 
     def take(self) -> Routing:
         """(token, expert) pairs settled since the last take, and how many of them had been named."""

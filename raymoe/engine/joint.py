@@ -229,6 +229,8 @@ class JointScheduler(CachelessScheduler):
             router.rule, layer, experts_TK, weights_TK, scores_TE, available_E, alpha_T, similarity=self.similarity
         )
         self._decided.add(done)
+        if done.replaced is not None:
+            self.dispatcher.gave_way(layer, done.replaced)
         self._weights_TK = done.weights_TK
         return done.experts_TK, done.weights_TK
 

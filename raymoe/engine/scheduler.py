@@ -134,6 +134,8 @@ class ExpertScheduler:
             decide=self.decide,
         )
         self._decided.add(done)
+        if done.replaced is not None:
+            self.dispatcher.gave_way(layer, done.replaced)
         return done.experts_TK, done.weights_TK
 
     def choose_row(
@@ -166,6 +168,7 @@ class ExpertScheduler:
         )
         replaced = int(np.count_nonzero(routed.replaced_TK))
         if replaced:
+            self.dispatcher.gave_way(layer, experts_K[routed.replaced_TK[0]])
             experts_K = routed.experts_TK[0]
             weights_K = rule.weights(scores_TE[:, experts_K], routed.experts_TK)[0]
             self._decided.count(np.array([replaced]), routed.replaced_mass_T)

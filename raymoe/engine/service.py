@@ -29,6 +29,7 @@ from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
 from raymoe.engine.foresight import Foresight, ShadowLink
 from raymoe.engine.grammar import Grammars
 from raymoe.engine.joint import JointScheduler
+from raymoe.engine.live import LiveMeter, LiveTrace
 from raymoe.engine.profile import load_similarity
 from raymoe.engine.prompts import Prompt, Prompts, is_chat
 from raymoe.engine.record import RecordingScheduler, recording
@@ -54,6 +55,7 @@ from raymoe.model.sites import MoeSite, attach_sites
 from raymoe.model.trials import why_no_trials
 from raymoe.model.trunk import build_trunk, tokenizer_path
 from raymoe.observe.trace import MAIN, Recording, Tracer
+from raymoe.types import DeviceName
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,8 @@ class ModelService:
     Attributes:
         runner, experts: the trunk, and the say on its routing. They belong to the engine's thread; measurements may
             use them while no request is under way.
+        meter: times of requests and sizes of steps, until somebody takes them.
+        live: records a few steps on demand.
 
     Raises:
         ConfigError: a device that is not there, or a profile of other weights.
@@ -148,6 +152,9 @@ class ModelService:
             drafting=drafting,
             kv=kv,
         )
+        self.live = LiveTrace(self._engine, experts, [module for _, module in experts_modules(model)])
+        self.meter = LiveMeter(self.live)
+        self._engine.sink = self.meter
         self._engine.start()
 
     def _scheduler(
@@ -285,6 +292,22 @@ class ModelService:
     def report(self) -> EngineReport:
         """Counts and totals of the engine."""
         return replace(self._engine.report(), drafts=self._drafts)
+
+    @property
+    def lead_s(self) -> float | None:
+        """Mean time by which plans came before their layer, since the start; None where none did."""
+        foresight = getattr(self.experts, "foresight", None)
+        return None if foresight is None or not foresight.book.led else foresight.book.lead_s / foresight.book.led
+
+    @property
+    def substituted(self) -> dict[DeviceName, int]:
+        """By device, the (token, expert) pairs that would have been its to compute, but gave way to others."""
+        return self.experts.dispatcher.substituted()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return self._engine.is_idle
 
     def trace(self, on: bool) -> Recording | None:
         """Begin to record what the trunk does; or end it, which returns what was recorded. While no request runs."""

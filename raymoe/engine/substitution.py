@@ -28,12 +28,14 @@ class Substituted:
         experts_TK, weights_TK: on the devices of the router's.
         replaced_T: how many of each token's pairs were; None where none was.
         replaced_mass_T: the replaced experts' share of the chosen ones' gate scores.
+        replaced: the replaced expert of each such pair.
     """
 
     experts_TK: torch.Tensor
     weights_TK: torch.Tensor
     replaced_T: np.ndarray | None = None
     replaced_mass_T: np.ndarray | None = None
+    replaced: np.ndarray | None = None
 
 
 @dataclass(slots=True)
@@ -91,9 +93,10 @@ def substitute(
         available_E: bool, the experts that cost no load.
         alpha_T: threshold per row, or one for all.
     """
+    chosen_TK = experts_TK.cpu().numpy()
     routed = decide(
         scores_TE,
-        experts_TK.cpu().numpy(),
+        chosen_TK,
         available_E,
         alpha_T,
         permitted_TE=rule.permitted(scores_TE),
@@ -109,6 +112,7 @@ def substitute(
         weights_TK=reweighted(rule, scores_TE, routed.experts_TK, rows, weights_TK),
         replaced_T=replaced_T,
         replaced_mass_T=routed.replaced_mass_T,
+        replaced=chosen_TK[routed.replaced_TK],
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from predictor.forecast import LayerForecast
 from predictor.shadow import ShadowCounts
 from raymoe.engine.onlooker import Onlooker
-from raymoe.engine.scheduler_protocol import Scheduler
+from raymoe.engine.scheduler_protocol import RowScheduler, Scheduler
 from raymoe.model.runner import SequenceState
 from raymoe.model.trunk import ExpertBackend
 from raymoe.observe.trace import Fact, Lane, Span, Tracer
@@ -78,6 +78,17 @@ class WatchedScheduler(Onlooker):
                 )
             )
             self._mark_s = now_s
+
+
+class WatchedRows(WatchedScheduler):
+    """The same for a policy under which requests may share a step: one span then is all rows'."""
+
+    def take_costs(self, rows: int) -> list[Routing]:
+        """A forward of so many rows has ended."""
+        self._close("compute", "head")
+        scheduler = self._scheduler
+        assert isinstance(scheduler, RowScheduler), "it watches only such"
+        return scheduler.take_costs(rows)
 
 
 class ShadowWatch:

@@ -27,7 +27,14 @@ SLOT_WAIT_S = 1e-4  # while every slot is taken by loads in flight that nobody w
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the start; pairs are (row, expert). ``prefetches_late`` were ordered but never begun."""
+    """Totals since the start; pairs are (row, expert).
+
+    Attributes:
+        prefetches: loads begun ahead of need; ``prefetches_used`` of them a call then asked for, ``prefetches_wasted``
+            left their slot before any did.
+        prefetches_late: ordered but never begun.
+        link_busy_s: seconds for which loads that arrived kept the link busy.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -38,6 +45,9 @@ class Counters:
     prefetches: int = 0
     prefetches_refused: int = 0
     prefetches_late: int = 0
+    prefetches_used: int = 0
+    prefetches_wasted: int = 0
+    link_busy_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -90,6 +100,7 @@ class Bay(ABC):
         self._started_s: dict[int, float] = {}
         self._failed: dict[int, BaseException] = {}
         self._purposes: dict[int, tuple[str, StepId | None]] = {}  # of loads under way, while somebody looks
+        self._unused: set[int] = set()  # loaded ahead, or under way, and not asked for yet
         self._loaded: dict[int, None] = {}  # in order, and quick to look up
         self._evicted: dict[int, None] = {}
         self._told_loads = 0
@@ -135,6 +146,10 @@ class Bay(ABC):
         """Judge what slots keep by other values from now on; nothing where they keep nothing."""
 
     @abstractmethod
+    def worth_LE(self) -> np.ndarray | None:
+        """What keeping each expert is worth [L, E]; None where nothing is kept for its worth."""
+
+    @abstractmethod
     def on_idle(self) -> None:
         """The loader has nothing to do, or a cancelled load has given its slot back. On the loader's thread."""
 
@@ -162,6 +177,11 @@ class Bay(ABC):
             self._purposes.clear()
         self._loader.set_clock()
 
+    def ready_and_loading(self) -> tuple[np.ndarray, list[int]]:
+        """Bool of all layers' experts [L, E], whether each can be computed now; and the ids of those under way."""
+        with self._lock:
+            return self.residency.ready_slot_LE >= 0, list(self._tickets)
+
     def resident(self) -> list[int]:
         """Ids of all experts in slots or on their way into one."""
         with self._lock:
@@ -173,8 +193,24 @@ class Bay(ABC):
         self.counters.hits += hits
         self.counters.misses += pairs - hits
 
+    def _asked_for(self, identifiers: list[int]) -> None:
+        """A call wants these experts: what was loaded ahead of it was not in vain."""
+        if self._unused.isdisjoint(identifiers):
+            return
+        used = self._unused.intersection(identifiers)
+        self._unused -= used
+        self.counters.prefetches_used += len(used)
+
+    def _left(self, identifier: int) -> None:
+        """An expert has left its slot, or never came to it."""
+        if identifier in self._unused:
+            self._unused.remove(identifier)
+            self.counters.prefetches_wasted += 1
+
     def _start_load(self, identifier: int, slot: int, priority: int) -> None:
         """Begin the load into a slot that was claimed for it."""
+        if priority != ON_DEMAND:
+            self._unused.add(identifier)
         source = self._store.experts[identifier]
         self._tickets[identifier] = self._loader.start(source, self.pool.slots[slot], self.expert_bytes, priority)
         self._started_s[identifier] = self.clock()
@@ -212,6 +248,7 @@ class Bay(ABC):
     def _note_evicted(self, identifier: int) -> None:
         _note(identifier, self._evicted, self._loaded)
         self.counters.evictions += 1
+        self._left(identifier)
 
     def _settle(self, layer: int | None = None) -> None:
         """Take note of loads that have finished; a failed one frees its slot, its error comes up on demand.
@@ -238,6 +275,7 @@ class Bay(ABC):
             if not self._measure(ticket):
                 self._unmeasured.append(ticket)
         else:
+            self._left(identifier)
             self.residency.abandon(slot)
             if not isinstance(ticket.error, LoadCancelledError):
                 self._failed[identifier] = ticket.error
@@ -247,6 +285,7 @@ class Bay(ABC):
         seconds = ticket.link_s()
         if seconds is not None:
             self.load_cost.add(seconds)
+            self.counters.link_busy_s += seconds
         return seconds is not None or ticket.is_done()
 
     # --- the caller does not hold the lock --------------------------------------------------------------

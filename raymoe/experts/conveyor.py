@@ -99,6 +99,7 @@ class Conveyor(Bay):
                 self.keeper.step(layer, scores_E, experts_P, rows)
                 self.residency.use(slots_P[slots_P >= 0])
             self._count(len(experts_P), int(np.count_nonzero(slots_P >= 0)))
+            self._asked_for(identifiers)
             return self._claim(step, layer, identifiers, slots_P)
 
     def next_arrival(self, step: Step) -> tuple[int, int] | None:
@@ -153,6 +154,10 @@ class Conveyor(Bay):
         with self._lock:
             if self.keeper is not None:
                 self.keeper = keeper
+
+    def worth_LE(self) -> np.ndarray | None:
+        """Mean gate score and use over the last steps, where anything is kept."""
+        return None if self.keeper is None else self.keeper.mean_LE
 
     def on_idle(self) -> None:
         """The link is free, or a slot has become so: go on with what waits for one."""

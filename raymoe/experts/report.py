@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
-    """What a worker says of itself; sizes in bytes, ``resident`` as (layer, expert)."""
+    """What a worker says of itself; sizes in bytes.
+
+    Attributes:
+        resident_count: experts that need no load, or are on their way; ``resident`` names them as (layer, expert),
+            where that was asked for.
+        slot_count: slots; None where experts are computed in host memory.
+        prefetches, prefetches_used, prefetches_wasted, prefetches_late, link_busy_s: as in ``Counters``.
+    """
 
     name: str
     emulated_link: bool
@@ -13,6 +20,8 @@ class WorkerReport:
     peak_slot_bytes: int
     host_bytes: int
     owned: int
+    resident_count: int
+    slot_count: int | None
     resident: tuple[tuple[int, int], ...]
     calls: int
     hits: int
@@ -24,3 +33,6 @@ class WorkerReport:
     prefetches: int
     prefetches_refused: int
     prefetches_late: int
+    prefetches_used: int
+    prefetches_wasted: int
+    link_busy_s: float

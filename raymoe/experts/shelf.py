@@ -101,6 +101,9 @@ class Shelf(Bay):
             ready_P = slots_P >= 0
             hits = int(np.count_nonzero(ready_P))
             self._count(len(experts_P), hits)
+            if self._unused:
+                first = expert_id(layer, 0)
+                self._asked_for([first | expert for expert in experts_P.tolist()])
             if hits == len(experts_P):
                 self.residency.use(slots_P)
                 self._step = Step(layer, slots_P, deque(), deque())
@@ -194,6 +197,10 @@ class Shelf(Bay):
         """Judge by other values from now on."""
         with self._lock:
             self.keeper = keeper
+
+    def worth_LE(self) -> np.ndarray | None:
+        """Mean gate score and use over the last steps."""
+        return self.keeper.mean_LE
 
     # --- the caller holds the lock ----------------------------------------------------------------------
 

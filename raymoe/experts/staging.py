@@ -15,6 +15,7 @@ from raymoe.experts.cuda_loader import CudaLoader
 from raymoe.experts.loader import Loader
 from raymoe.experts.shelf import Shelf
 from raymoe.experts.slots import SlotPool
+from raymoe.experts.usage import Usage
 from raymoe.types import DeviceName
 
 
@@ -27,15 +28,23 @@ class Staging:
     Args:
         shelves: its slots; ``of_layer``: which of them serves each layer.
         owned: bool per expert of each layer, whether it is in the worker's shard.
+        usage: counts who is asked for.
     """
 
     def __init__(
-        self, name: DeviceName, shelves: list[Shelf], of_layer: list[int], loader: Loader, owned: list[np.ndarray]
+        self,
+        name: DeviceName,
+        shelves: list[Shelf],
+        of_layer: list[int],
+        loader: Loader,
+        owned: list[np.ndarray],
+        usage: Usage,
     ) -> None:
         self.name = name
         self._shelves = shelves
         self._by_layer = [shelves[number] for number in of_layer]
         self._owned = owned
+        self._usage = usage
         self._loader = loader if isinstance(loader, CudaLoader) else None
         self._before = (0, 0)
 
@@ -71,6 +80,7 @@ class Staging:
         """
         if not self._owned[layer][experts_K].all():
             raise ExpertUnavailableError(f'device "{self.name}" does not own all experts asked for in layer {layer}')
+        self._usage.note(layer, experts_K)
         return self._by_layer[layer].stage(layer, experts_K, scores_E)
 
     def pump(self) -> None:

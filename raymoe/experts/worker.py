@@ -31,6 +31,7 @@ from raymoe.experts.loader import Loader, ThreadLoader
 from raymoe.experts.report import WorkerReport
 from raymoe.experts.shelf import Shelf
 from raymoe.experts.staging import Staging
+from raymoe.experts.usage import ResidencyMap, Usage, residency_map
 from raymoe.experts.watch import CallWatch
 from raymoe.kernels.native import NativeKernels
 from raymoe.observe.trace import Recording, Tracer
@@ -110,6 +111,7 @@ class ExpertWorker:
         self._bay_of_layer: list[int] = []
         self._direct = Counters()
         self._calls = 0
+        self._usage = Usage(len(layers), max((layer.num_experts for layer in layers), default=0))
         self._watch: CallWatch | None = None
         self._scheduling = scheduling or SchedulingConfig()
         self._host_computes = self._computes
@@ -241,6 +243,7 @@ class ExpertWorker:
                 f'device "{self.name}" does not own all experts asked for in layer {call.layer}'
             )
         self._calls += 1
+        self._usage.note(call.layer, call.experts_P)
         start_s = time.perf_counter()
         if not self.has_slots:
             return Begun(call=call, start_s=start_s, step=None)
@@ -287,8 +290,9 @@ class ExpertWorker:
             computing_s = time.perf_counter()
             begun.early_PH = self._computes[call.layer](table, index_P, hidden_RH, rows_P)
             begun.compute_s += time.perf_counter() - computing_s
-            if self._watch is not None:
-                self._watch.computed(call, call.experts_P[begun.ready_P], computing_s, "hit")
+            watch = self._watch  # once: another thread may end the watching meanwhile
+            if watch is not None:
+                watch.computed(call, call.experts_P[begun.ready_P], computing_s, "hit")
         return begun.early_PH
 
     def _finish_in_slots(self, begun: Begun, step: Step) -> ExpertAnswer:
@@ -341,8 +345,9 @@ class ExpertWorker:
         output = self._host_computes[call.layer](
             self._tables[call.layer], call.experts_P[mine_P], call.hidden_RH.cpu(), call.rows_P[mine_P]
         )
-        if self._watch is not None:
-            self._watch.computed(call, call.experts_P[mine_P], start, "hosted")
+        watch = self._watch
+        if watch is not None:
+            watch.computed(call, call.experts_P[mine_P], start, "hosted")
         bay = self._bay(call.layer)
         cost = bay.host_cost if isinstance(bay, Shelf) else None
         if cost is not None and not self._link.emulated and len(mine_P) == len(step.hosted):
@@ -357,8 +362,9 @@ class ExpertWorker:
         waiting_s = time.perf_counter()
         while (arrived := bay.next_arrival(step)) is not None:
             identifier, slot = arrived
-            if self._watch is not None:
-                self._watch.waited(call, layer_and_expert(identifier)[1], waiting_s)
+            watch = self._watch
+            if watch is not None:
+                watch.waited(call, layer_and_expert(identifier)[1], waiting_s)
             mine_P = np.flatnonzero(call.experts_P == layer_and_expert(identifier)[1])
             index_P = np.full(len(mine_P), slot, dtype=np.int32)
             computing_s = time.perf_counter()
@@ -367,8 +373,8 @@ class ExpertWorker:
             )
             waiting_s = time.perf_counter()
             begun.compute_s += waiting_s - computing_s
-            if self._watch is not None:
-                self._watch.computed(call, call.experts_P[mine_P], computing_s, "miss")
+            if watch is not None:
+                watch.computed(call, call.experts_P[mine_P], computing_s, "miss")
             bay.release(step, [slot])
 
     def staging(self) -> Staging | None:
@@ -376,7 +382,7 @@ class ExpertWorker:
         shelves = [bay for bay in self._bays if isinstance(bay, Shelf)]
         if self._loader is None or len(shelves) < len(self._bays):
             return None
-        return Staging(DeviceName(self.name), shelves, self._bay_of_layer, self._loader, self._owned)
+        return Staging(DeviceName(self.name), shelves, self._bay_of_layer, self._loader, self._owned, self._usage)
 
     # --- outside of calls -------------------------------------------------------------------------------
 
@@ -451,9 +457,20 @@ class ExpertWorker:
         self._watch = None if tracer is None else CallWatch(tracer, self.device)
         return None if before is None else before.tracer.recording()
 
-    def report(self) -> WorkerReport:
-        """Memory, residency and totals. Slots are allocated once, so their size is also their peak."""
-        identifiers = [i for bay in self._bays for i in bay.resident()] if self.has_slots else self.store.experts
+    def residency(self) -> ResidencyMap:
+        """Where every expert is, how much it was used lately, and how high it scores."""
+        return residency_map(self._owned, self._bays, self._usage.recent(time.monotonic()), has_slots=self.has_slots)
+
+    def report(self, *, names: bool = True) -> WorkerReport:
+        """Memory, residency and totals. Slots are allocated once, so their size is also their peak.
+
+        Args:
+            names: also of the resident experts, of which there may be ten thousands.
+        """
+        identifiers: Iterable[int] = ()
+        if names:
+            identifiers = [i for bay in self._bays for i in bay.resident()] if self.has_slots else self.store.experts
+        here = sum(len(bay.residency.slot_of) for bay in self._bays) if self.has_slots else len(self.store.experts)
         parts = [asdict(bay.counters) for bay in self._bays] or [asdict(self._direct)]
         return WorkerReport(
             name=self.name,
@@ -462,6 +479,8 @@ class ExpertWorker:
             peak_slot_bytes=sum(bay.pool.nbytes for bay in self._bays),
             host_bytes=self.store.nbytes,
             owned=len(self.store.experts),
+            resident_count=here,
+            slot_count=sum(bay.pool.count for bay in self._bays) if self.has_slots else None,
             resident=tuple(sorted(layer_and_expert(identifier) for identifier in identifiers)),
             calls=self._calls,
             **{name: sum(part[name] for part in parts) for name in parts[0]},

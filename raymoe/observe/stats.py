@@ -8,9 +8,17 @@ from raymoe.types import Routing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceStats:
-    """One device. Sizes in bytes; ``resident`` counts experts that need no load, ``resident_experts`` names them.
+    """One device. Sizes in bytes; ``resident`` counts experts that need no load.
 
-    ``emulated_link`` marks devices whose transfers imitate a slow bus: their speeds are no hardware's.
+    Attributes:
+        emulated_link: its transfers imitate a slow bus: their speeds are no hardware's.
+        resident_experts: names of the resident ones as (layer, expert); empty where only their number was asked for.
+        slot_count: None where experts are computed in host memory.
+        prefetches, prefetches_used, prefetches_wasted: loads begun ahead of need; those that a call then asked for, and
+            those that left before any did. ``prefetches_late`` were ordered, but never begun.
+        link_busy_s: seconds for which loads kept the link busy, since the start.
+        substituted: (token, expert) pairs of the router that were this device's and gave way to others.
+        heartbeat_age_s: since it was last heard of; None for a device in the engine's own process.
     """
 
     name: str
@@ -37,6 +45,12 @@ class DeviceStats:
     prefetches_refused: int
     prefetches_late: int
     dropped_messages: int = 0
+    slot_count: int | None = None
+    prefetches_used: int = 0
+    prefetches_wasted: int = 0
+    link_busy_s: float = 0.0
+    substituted: int = 0
+    heartbeat_age_s: float | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -54,6 +68,7 @@ class EngineStats:
         decode_s: time spent in decode steps.
         refused_settings: why the last change of settings by Serve's ``user_config`` was not made.
         recall: share of the chosen experts that the predictor had named; None where there is none.
+        lead_s: mean time by which plans made of its forecasts came before their layer; None where none did.
         drafted, accepted: a shadow's tokens that were read along, and those that the model chose too.
         drafts: whether any are: "on", or "off" and why the model can't.
         kv_bytes, kv_set_aside_bytes: that the caches of running requests take, and may come to take.
@@ -97,6 +112,7 @@ class EngineStats:
     queue_s: float = 0.0
     batch_rows: float = 0.0
     batch_tokens: float = 0.0
+    lead_s: float | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -136,6 +152,26 @@ class PredictorStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SettingsStats:
+    """The settings in force that people turn while the model runs.
+
+    Attributes:
+        substitutes: whether the policy ever replaces an expert, so that alpha means something.
+    """
+
+    policy: str
+    substitutes: bool
+    alpha: float
+    alpha_max: float
+    tpot_budget_s: float | None = None
+
+    @property
+    def follows_budget(self) -> bool:
+        """Whether alpha moves by itself."""
+        return self.substitutes and self.tpot_budget_s is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStats:
     """Everything: devices by name, the engine (None where none has told its counts yet), policy, and predictor."""
 
@@ -145,12 +181,15 @@ class ClusterStats:
     replication: int = 1
     policy: str = "on_demand"
     predictor: PredictorStats | None = None
+    settings: SettingsStats | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the rates."""
         everything = asdict(self)
         for name, device in self.devices.items():
             everything["devices"][name]["hit_rate"] = device.hit_rate
+        if self.settings is not None:
+            everything["settings"]["follows_budget"] = self.settings.follows_budget
         if self.engine is not None:
             everything["engine"] |= {
                 "hit_rate": self.engine.hit_rate,

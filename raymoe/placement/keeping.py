@@ -67,6 +67,11 @@ class Keeper:
         value_S = last_use_S if self.eviction == "lru" else self._uses.counts_LE.reshape(-1).take(place_S)
         return np.where(self._forecast_LE.reshape(-1).take(place_S), np.inf, value_S)
 
+    @property
+    def mean_LE(self) -> np.ndarray:
+        """Mean worth of every expert over the last steps, whatever the rule; to read, not to write to."""
+        return self._mean.mean_LE
+
     def worth(self, layer: int, expert: int) -> float:
         """By score, whatever the rule of eviction: what a prefetch that would evict the expert has to beat."""
         return float(self._worth_LE[layer, expert])

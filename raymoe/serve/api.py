@@ -1,6 +1,7 @@
 """The web application over an engine. Knows no Ray: the engine is whatever answers like ``EngineClient``."""
 
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from raymoe.errors import RaymoeError
+from raymoe.serve import watching
 from raymoe.serve.admin import Admin
 from raymoe.serve.answering import Answering
 from raymoe.serve.backend import Backend
@@ -17,9 +19,11 @@ from raymoe.serve.body_limit import BodyLimit
 from raymoe.serve.errors import describe
 from raymoe.serve.guard import Guard
 from raymoe.serve.key_source import KeySource
-from raymoe.serve.openapi import describe_api
+from raymoe.serve.openapi import OPEN_PATHS, describe_api
+from raymoe.serve.shared import Shared
 from raymoe.serve.tokens import Tokens
 
+STATS_KEEP_S = 0.9  # pages ask about once a second, however many there are
 MAX_BODY_BYTES = 8 << 20  # a prompt of a million tokens takes about 4 MB as text, 7 MB as token ids
 MOST_CHOICES = 64  # of one request, where the engine would hold more
 
@@ -36,9 +40,10 @@ class Api:
     def __init__(
         self, backend: Backend, model: str, *, most_choices: int = MOST_CHOICES, keys: KeySource | None = None
     ) -> None:
-        self._backend = backend
+        self.backend = self._backend = backend
         self._model = model
         self._created = int(time.time())
+        self._stats = Shared(backend.stats, STATS_KEEP_S)
         self.keys = keys or KeySource()
         self.answering = Answering(backend, model, min(most_choices, MOST_CHOICES))
         self.tokens = Tokens(backend, self.answering.check_model)
@@ -55,7 +60,7 @@ class Api:
 
     async def stats(self) -> dict[str, Any]:
         """GET /v1/stats: engine and devices, without the names of resident experts."""
-        stats = (await self._backend.stats()).as_dict()
+        stats = (await self._stats.get()).as_dict()
         for device in stats["devices"].values():
             del device["resident_experts"]
         return stats
@@ -70,15 +75,22 @@ class Api:
         return JSONResponse({"status": "ok", "model": card["name"]})
 
 
-def create_app(api: Api, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
+def create_app(
+    api: Api,
+    lifespan: AbstractAsyncContextManager[None] | None = None,
+    gather: Callable[[], Awaitable[bytes]] | None = None,
+) -> FastAPI:
     """The web application.
 
     Args:
         lifespan: entered when the server starts and left when it ends.
+        gather: metrics of all nodes, as text; None: there are none.
     """
     app = FastAPI(title="raymoe", lifespan=(lambda _: lifespan) if lifespan is not None else None)
     app.add_middleware(BodyLimit, limit_bytes=MAX_BODY_BYTES)
-    app.add_middleware(Guard, keys=api.keys)  # the outermost: who may not ask has nothing read
+    app.add_middleware(
+        Guard, keys=api.keys, open_paths=(*OPEN_PATHS, *watching.OPEN_PATHS)
+    )  # the outermost: who may not ask has nothing read
     for kind in (RequestValidationError, HTTPException, RaymoeError, Exception):
         app.add_exception_handler(kind, _as_json)
     app.post("/v1/chat/completions", response_model=None)(api.answering.chat)
@@ -91,6 +103,7 @@ def create_app(api: Api, lifespan: AbstractAsyncContextManager[None] | None = No
     app.get("/v1/admin/settings", response_model=None)(api.admin.settings)
     app.post("/v1/admin/settings", response_model=None)(api.admin.change)
     app.get("/health", response_model=None)(api.health)
+    app.include_router(watching.watching_routes(api.backend, gather))
     describe_api(app, needs_keys=api.keys.required)
     return app
 

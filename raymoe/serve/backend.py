@@ -41,3 +41,11 @@ class Backend(Protocol):
     async def change_settings(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Change some; returns all. Raises ConfigError that names what is wrong, and changes nothing then."""
         ...
+
+    async def residency(self) -> dict[str, Any]:
+        """Where every expert is."""
+        ...
+
+    async def timeline(self) -> dict[str, Any]:
+        """The last few decode steps."""
+        ...

@@ -53,9 +53,9 @@ class EngineClient:
         """The served model. Raises EngineStoppedError where generation does not work now."""
         return await self._call("card", CARD_TIMEOUT_S)
 
-    async def stats(self) -> "ClusterStats":
-        """Devices and engine."""
-        return await self._call("stats", STATS_TIMEOUT_S)
+    async def stats(self, names: bool = False) -> "ClusterStats":
+        """Devices and engine; with ``names`` also those of the resident experts."""
+        return await self._call("stats", STATS_TIMEOUT_S, names)
 
     async def tokenize(self, prompt: "Prompt") -> list[int]:
         """Token ids of a prompt."""
@@ -72,6 +72,14 @@ class EngineClient:
     async def change_settings(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Change some settings; returns all."""
         return await self._call("change_settings", STATS_TIMEOUT_S, changes)
+
+    async def residency(self) -> dict[str, Any]:
+        """Where every expert is."""
+        return await self._call("residency", STATS_TIMEOUT_S)
+
+    async def timeline(self) -> dict[str, Any]:
+        """The last few decode steps."""
+        return await self._call("timeline", STATS_TIMEOUT_S)
 
     async def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
         response = getattr(self._handle, method).remote(*arguments)

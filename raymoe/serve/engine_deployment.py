@@ -111,10 +111,20 @@ class EngineServer:
         self.check_health()
         return asdict(self._service.card)
 
-    async def stats(self) -> "ClusterStats":
-        """Devices and engine."""
+    async def stats(self, names: bool = True) -> "ClusterStats":
+        """Devices and engine; with ``names`` also those of the resident experts."""
         assert self._session is not None
-        return await asyncio.to_thread(self._session.stats)
+        return await asyncio.to_thread(self._session.stats, names)
+
+    async def residency(self) -> dict[str, Any]:
+        """Where every expert is; see ``Observer.residency``."""
+        assert self._session is not None
+        return await asyncio.to_thread(self._session.observer.residency)
+
+    async def timeline(self) -> dict[str, Any]:
+        """The last few decode steps; see ``Observer.timeline``."""
+        assert self._session is not None
+        return await asyncio.to_thread(self._session.observer.timeline)
 
     async def tokenize(self, prompt: "Prompt") -> list[int]:
         """Token ids of a prompt. Raises RequestError for one that the model can't read."""

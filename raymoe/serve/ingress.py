@@ -17,6 +17,7 @@ from raymoe.engine.request import Chunk, Result, collect
 from raymoe.errors import RaymoeError
 from raymoe.serve.api import Api, create_app
 from raymoe.serve.client import EngineClient
+from raymoe.serve.gathering import Gatherer, ray_nodes
 from raymoe.serve.key_source import KeySource
 from raymoe.serve.keys import Key
 
@@ -56,7 +57,7 @@ class Ingress:
         )
         if not self._keys.required:
             log.warning("NO API KEYS are configured: anyone who reaches the HTTP port may ask the model anything")
-        return create_app(api, lifespan)
+        return create_app(api, lifespan, Gatherer(context.app_name, ray_nodes).gather)
 
     async def generate(self, prompt: "Prompt", **options: Any) -> Result:
         """A whole answer. ``options`` are the fields of SamplingParams; max_tokens defaults to 128."""
@@ -71,7 +72,7 @@ class Ingress:
 
     async def stats(self) -> "ClusterStats":
         """Devices and engine."""
-        return await self._client.stats()
+        return await self._client.stats(names=True)
 
 
 @contextlib.asynccontextmanager

@@ -454,6 +454,22 @@ def test_a_wrong_user_config_fails_a_start_and_says_why(server: Server) -> None:
     serve.delete("refused")
 
 
+# --- those who look on ---------------------------------------------------------------------------------
+
+
+def test_the_page_and_what_it_looks_at(server: Server) -> None:
+    page = server.get("/")
+    assert page.status_code == 200 and "<title>raymoe</title>" in page.text
+    assert server.get("/page/main.js").status_code == 200
+    stats, residency = server.get("/v1/stats").json(), server.get("/v1/stats/residency").json()
+    assert set(residency["devices"]) == set(stats["devices"])
+    assert {"state", "use", "use_max", "score", "score_max"} == set(next(iter(residency["devices"].values())))
+    assert stats["settings"]["policy"] == stats["policy"]
+    assert set(server.get("/v1/stats/timeline").json()) == {"recorded_s", "duration_s", "steps", "processes"}
+    metrics = server.get("/metrics")
+    assert metrics.status_code == 200 and 'raymoe_nodes_unreachable{app="raymoe"} 0.0' in metrics.text
+
+
 # --- an engine that dies --------------------------------------------------------------------------------
 
 

@@ -54,6 +54,16 @@ def test_a_plan_is_found_by_step_and_layer() -> None:
     assert book.plan(step(5), 1) is book.plan(step(6), 0) is book.plan(step(5, sequence=2), 0) is None
 
 
+def test_the_lead_is_the_time_from_the_first_plan_to_its_layer() -> None:
+    times = iter([1.0, 2.0, 4.5])
+    book = PlanBook(clock=lambda: next(times))
+    book.put(plan(5, [1]))
+    book.put(plan(5, [2], epoch=1))
+    book.needed(step(5), 0, chosen(1))
+    book.needed(step(5), 1, chosen(1))
+    assert (book.lead_s, book.led) == (3.5, 1)
+
+
 @pytest.mark.parametrize(("first", "second", "stays"), [(0, 1, 1), (1, 0, 1), (2, 2, 2)])
 def test_the_later_epoch_stays_and_of_one_epoch_the_last(first: int, second: int, stays: int) -> None:
     book = PlanBook()
