@@ -47,7 +47,11 @@ class FakeDispatcher:
     calls: list[dict[str, Any]] = field(default_factory=list)
     orders: list[tuple[DeviceName, LoadOrder]] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
+    replaced: list[tuple[int, list[int]]] = field(default_factory=list)
     listens: Any = None
+
+    def gave_way(self, layer: int, experts: np.ndarray) -> None:
+        self.replaced.append((layer, experts.tolist()))
 
     def holding(self, layer: int) -> np.ndarray:
         held_WE = np.zeros((WORKERS, EXPERTS), dtype=bool)
