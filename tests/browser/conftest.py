@@ -26,7 +26,7 @@ FLAGS = [
 WAIT_S = 60.0  # the tested machine may be busy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it runs, so does an event loop of its own in this thread
 def browser() -> "Iterator[Browser]":
     """Debian's Chromium, driven by Playwright."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make test-browser")

@@ -188,6 +188,7 @@ class Scene:
             return JSONResponse({"scheduling": body["scheduling"]})
 
         app.post("/v1/admin/settings", response_model=None)(change)
+        app.router.routes.insert(0, app.router.routes.pop())  # before any other that has the same path
         return app
 
 

@@ -73,7 +73,8 @@ def test_a_chat_message_is_sent_as_one(open_page: Open) -> None:
     opened.page.fill("#prompt-text", "Who are you?")
     opened.page.click("#send")
     opened.wait("document.querySelector('#answer').dataset.state === 'done'")
-    assert opened.scene.asked[-1]["prompt"] == [{"role": "user", "content": "Who are you?"}]
+    asked = opened.scene.asked[-1]["prompt"]
+    assert getattr(asked, "messages", asked) == [{"role": "user", "content": "Who are you?"}]
 
 
 def test_an_error_is_told_where_the_answer_would_be(open_page: Open) -> None:

@@ -68,7 +68,7 @@ export class Chart {
     this.output.textContent = known.length ? this.quantity.show(known.at(-1)) : "–";
     const mean = known.reduce((sum, value) => sum + value, 0) / known.length;
     this.note.textContent = known.length
-      ? `${idle ? "idle, " : ""}mean ${this.quantity.show(mean)} in 2 min`
+      ? `${idle ? "idle, " : ""}2 min mean ${this.quantity.show(mean)}`
       : "no tokens yet";
     this.canvas.setAttribute("aria-label", `${this.title}: ${this.output.textContent}, ${this.note.textContent}`);
   }

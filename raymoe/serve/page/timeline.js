@@ -71,7 +71,8 @@ export class Timeline {
     this.showEmpty(!this.rows.length);
     this.choose(null);
     this.canvas.setAttribute("aria-label", `Timeline of ${answer.steps} decode steps, ${duration(this.duration)}, ${this.rows.length} lanes. Arrow keys move between spans.`);
-    this.summary = `${answer.steps} decode ${answer.steps === 1 ? "step" : "steps"} in ${duration(this.duration)}`;
+    const steps = `${answer.steps} decode ${answer.steps === 1 ? "step" : "steps"}`;
+    this.summary = this.rows.length ? `${steps} in ${duration(this.duration)}` : "";
     this.readout.textContent = this.summary;
     this.draw();
   }
