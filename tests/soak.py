@@ -243,20 +243,27 @@ class Checker:
     @torch.inference_mode()
     def wrong(self, prompt: list[int], texts: list[str]) -> str | None:
         """What is wrong with a greedy answer, in words; None where nothing is. Ties are counted."""
-        output = self._model(torch.tensor([prompt]), use_cache=True)
-        for place, text in enumerate(texts):
-            logits_V = output.logits[0, -1]
-            candidates = self._by_text.get(text, [])
-            if not candidates:
-                return f"token {place} is {text!r}, which is none"
-            token = max(candidates, key=lambda candidate: float(logits_V[candidate]))
-            behind = float(logits_V.max() - logits_V[token])
-            if behind > TIE:
-                return f"token {place} of {len(texts)} ({text!r}) is {behind:.3g} below the best"
-            self.ties += behind > 0
-            self.tokens += 1
-            output = self._model(torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
+        candidates = [self._by_text.get(text, []) for text in texts]
+        if not all(candidates):
+            place = next(place for place, found in enumerate(candidates) if not found)
+            return f"token {place} is {texts[place]!r}, which is none"
+        tokens = [found[0] for found in candidates]
+        for place, found in enumerate(candidates):
+            if len(found) > 1:  # a text that several tokens have (parts of a character): the best of them
+                logits_V = self._logits([*prompt, *tokens[:place]])[-1]
+                tokens[place] = max(found, key=lambda token: float(logits_V[token]))
+        logits_TV = self._logits([*prompt, *tokens])[len(prompt) - 1 : -1]
+        behind_T = logits_TV.max(dim=-1).values - logits_TV[range(len(tokens)), tokens]
+        self.ties += int((behind_T > 0).sum())
+        self.tokens += len(tokens)
+        worst = int(behind_T.argmax())
+        if float(behind_T[worst]) > TIE:
+            return f"token {worst} of {len(texts)} ({texts[worst]!r}) is {behind_T[worst]:.3g} below the best"
         return None
+
+    def _logits(self, tokens: list[int]) -> torch.Tensor:
+        logits_TV: torch.Tensor = self._model(torch.tensor([tokens])).logits[0].float()
+        return logits_TV
 
 
 def check(tally: Tally) -> list[str]:
@@ -302,7 +309,7 @@ def main() -> int:
     finally:
         ray.shutdown()
     growth = memory_growth(soak.tally.memory_bytes)
-    print(f"{dict(soak.tally.kinds)}; memory at the end over that in the middle: {growth:.3f}")
+    print(f"{dict(soak.tally.kinds)}; memory at the end over that in the middle: {growth:.3f}", flush=True)
     if growth > FLAT:
         found.append(f"memory has grown to {growth:.3f} of what it was")
     found += check(soak.tally)

@@ -1,5 +1,6 @@
 """GET and POST /v1/admin/settings: how experts are scheduled, changed while the model runs."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, WithJsonSchema
@@ -31,8 +32,9 @@ class SettingsRequest(Schema):
 class Admin:
     """Shows and changes settings."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, on_change: Callable[[], None] = lambda: None) -> None:
         self._backend = backend
+        self._on_change = on_change
 
     async def settings(self) -> dict[str, Any]:
         """GET /v1/admin/settings: those in force. A live alpha that follows a budget is in /v1/stats."""
@@ -42,6 +44,7 @@ class Admin:
         """POST /v1/admin/settings. Raises RequestError that names the field, and changes nothing then."""
         try:
             changed = await self._backend.change_settings(request.scheduling)
+            self._on_change()
         except Exception as error:
             own = unwrap(error)
             if isinstance(own, ConfigError):

@@ -47,7 +47,7 @@ class Api:
         self.keys = keys or KeySource()
         self.answering = Answering(backend, model, min(most_choices, MOST_CHOICES))
         self.tokens = Tokens(backend, self.answering.check_model)
-        self.admin = Admin(backend)
+        self.admin = Admin(backend, self._stats.forget)
 
     def models(self) -> dict[str, Any]:
         """GET /v1/models."""
