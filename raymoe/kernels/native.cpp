@@ -39,12 +39,16 @@ class Pool {
       started_++;
       std::thread([this] { help(); }).detach();
     }
+    // The old job is closed before anything of it is overwritten: a helper that is late would else take its next index
+    // for one of this job's, whose count is larger, and run it with what it has read of either.
+    const uint64_t old = next_.load(std::memory_order_relaxed) >> 32;
+    next_.store(old << 32 | kClosed);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
     task_.store(task, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
     count_.store(count, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
-    const uint64_t job = (next_.load(std::memory_order_relaxed) >> 32) + 1;
-    next_.store(job << 32);
+    next_.store((old + 1) << 32);
     if (sleeping_.load() > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
@@ -56,10 +60,11 @@ class Pool {
   }
 
  private:
+  static constexpr uint64_t kClosed = 0xffffffffu;  // in place of an index: more than any count
   static constexpr int kSpins = 20000;  // some tens of microseconds: about the gap between two calls in a decode step
 
-  // One task of the current job, if any is left. A success of the exchange proves that the job read is still the
-  // current one: a new one begins only after every task of the old one was taken and done.
+  // One task of the current job, if any is left. A success of the exchange proves that what was read is of that job: a new
+  // one is made known only after the old one was closed, and an exchange with a closed one fails.
   bool take() {
     uint64_t seen = next_.load(std::memory_order_acquire);
     for (;;) {
