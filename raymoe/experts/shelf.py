@@ -62,6 +62,7 @@ class Shelf(Bay):
         computing waits for are done.
 
         They are shielded until the next call, by when the device must have computed them. There must be as many slots.
+        Raises what a load failed with.
         """
         step = self._begin_step(layer, experts_K, 1, scores_E, host_may=False, settles=layer)
         if step.is_ready:
@@ -72,11 +73,17 @@ class Shelf(Bay):
                 raise TimeoutError(f"no slot became free within {LOAD_TIMEOUT_S:g} s")
             with self._lock:
                 self._go_on(step)
+            if step.waiting:
+                time.sleep(SLOT_WAIT_S)
         with self._lock:
             tickets = [ticket for i in step.arriving if (ticket := self._tickets.get(i)) is not None]
             slots = [self.residency.slot_of[expert_id(layer, expert)] for expert in experts_K.tolist()]
         for ticket in reversed(tickets):  # a device's copies are in one order: it need only wait for the last
             ticket.wait(LOAD_TIMEOUT_S)
+            if (
+                ticket.error is not None
+            ):  # known by now where the host has waited itself; never compute what is not there
+                raise ticket.error
         return np.array(slots, dtype=np.int32)
 
     def _begin_step(

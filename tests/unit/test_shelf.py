@@ -352,3 +352,19 @@ def test_a_failed_load_is_not_reported_as_loaded() -> None:
         run_step(shelf, [3])
     shelf.end_step()
     assert shelf.take_changes() == ((), (), 0)
+
+
+def test_staged_calls_name_the_slots_of_what_they_need() -> None:
+    shelf, _ = make_shelf(slots=3)
+    run_step(shelf, [4])
+    slots = shelf.stage(0, np.array([4, 1], dtype=np.int32), None)
+    assert [held(shelf, slot) for slot in slots.tolist()] == [4.0, 1.0]
+
+
+def test_a_staged_call_whose_load_fails_ends_with_its_error() -> None:
+    shelf, loader = make_shelf(slots=3, fails=[3])
+    with pytest.raises(OSError, match="expert 3 is unreadable"):
+        shelf.stage(0, np.array([1, 3], dtype=np.int32), None)
+    loader.fails.clear()
+    slots = shelf.stage(0, np.array([1, 3], dtype=np.int32), None)
+    assert [held(shelf, slot) for slot in slots.tolist()] == [1.0, 3.0], "it is loaded again"
