@@ -21,13 +21,11 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.harness import Figure, arguments, figure, least_disturbed, ratios, report
+from benchmarks.local import local_service
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
-from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.request import Chunk, SamplingParams
 from raymoe.engine.service import ModelService
-from raymoe.experts.build import make_worker
-from raymoe.types import DeviceName, ExpertKey
 
 USERS = 8
 PROMPT_TOKENS = 16
@@ -45,7 +43,6 @@ def served(scheduling: dict[str, Any], slots: float | None = None, chunk: int | 
         chunk: trunk.prefill_chunk; None as it comes.
     """
     checkpoint = open_checkpoint(EMBEDDED_MODEL, "float32")
-    sizes = checkpoint.sizes()
     device = {"name": "local", "transport": "local"}
     if slots is not None:
         device["slot_memory"] = str(int(slots * checkpoint.routed_bytes))
@@ -53,17 +50,8 @@ def served(scheduling: dict[str, Any], slots: float | None = None, chunk: int | 
     config = ClusterConfig.parse(
         {"model": {"dtype": "float32"}, "devices": [device], "scheduling": scheduling, "trunk": trunk}
     )
-    keys = [ExpertKey(layer=i, expert=e) for i, size in enumerate(sizes) for e in range(size.experts)]
-    worker = make_worker(checkpoint, config.devices[0], config.scheduling)
-    worker.own(keys)
-    name = DeviceName("local")
-    dispatcher = Dispatcher(sizes, dict.fromkeys(keys, name), local={name: worker}, remote=None, timeout_s=60.0)
-    service = ModelService(checkpoint, config, dispatcher)
-    try:
+    with local_service(checkpoint, config) as service:
         yield service
-    finally:
-        service.close()
-        worker.close()
 
 
 class Request:

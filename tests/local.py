@@ -5,12 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import benchmarks.local
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig
-from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.service import ModelService
-from raymoe.experts.build import make_worker
-from raymoe.types import DeviceName, ExpertKey
 
 
 @contextmanager
@@ -26,16 +24,5 @@ def local_service(
             "trunk": trunk or {},
         }
     )
-    checkpoint = open_checkpoint(path, "float32")
-    sizes = checkpoint.sizes()
-    keys = [ExpertKey(layer=i, expert=e) for i, size in enumerate(sizes) for e in range(size.experts)]
-    worker = make_worker(checkpoint, config.devices[0], config.scheduling)
-    worker.own(keys)
-    name = DeviceName("cpu-0")
-    dispatcher = Dispatcher(sizes, dict.fromkeys(keys, name), local={name: worker}, remote=None, timeout_s=60.0)
-    service = ModelService(checkpoint, config, dispatcher)
-    try:
+    with benchmarks.local.local_service(open_checkpoint(path, "float32"), config) as service:
         yield service
-    finally:
-        service.close()
-        worker.close()

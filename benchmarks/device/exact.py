@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.local import local_service
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
-from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.service import ModelService
-from raymoe.experts.build import make_worker
 from raymoe.model.captured import CapturedDecode
-from raymoe.types import DeviceName, ExpertKey, Routing
+from raymoe.types import Routing
 
 PROMPT, ANSWER = 24, 64  # tokens
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -24,8 +23,6 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 def served(dtype: str, share: float, cuda_graphs: bool = True, **scheduling: Any) -> Iterator[ModelService]:
     """The embedded model with trunk and experts on the GPU, with slots for this share of its experts (1: all)."""
     checkpoint = open_checkpoint(str(EMBEDDED_MODEL), dtype)
-    sizes = checkpoint.sizes()
-    total = sum(size.experts * size.expert_bytes for size in sizes)
     config = ClusterConfig.parse(
         {
             "model": {"dtype": dtype},
@@ -35,25 +32,14 @@ def served(dtype: str, share: float, cuda_graphs: bool = True, **scheduling: Any
                     "name": "gpu",
                     "kind": "cuda:0",
                     "transport": "local",
-                    "slot_memory": int(total * share),
+                    "slot_memory": int(checkpoint.routed_bytes * share),
                 }
             ],
             "scheduling": scheduling,
         }
     )
-    keys = [ExpertKey(layer=i, expert=e) for i, size in enumerate(sizes) for e in range(size.experts)]
-    worker = make_worker(checkpoint, config.devices[0], config.scheduling)
-    worker.own(keys)
-    if config.scheduling.policy == "all_resident":
-        worker.load_all()
-    name = DeviceName("gpu")
-    dispatcher = Dispatcher(sizes, dict.fromkeys(keys, name), local={name: worker}, remote=None, timeout_s=60.0)
-    service = ModelService(checkpoint, config, dispatcher)
-    try:
+    with local_service(checkpoint, config, load_all=config.scheduling.policy == "all_resident") as service:
         yield service
-    finally:
-        service.close()
-        worker.close()
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -181,11 +181,6 @@ class ExpertScheduler:
             self._expect(layer, rule.scores(logits_E[None]))
 
     @property
-    def policy(self) -> str:
-        """In force."""
-        return self._scheduling.policy
-
-    @property
     def foresees(self) -> bool:
         """Whether it has a use for ``foresee``."""
         return self._wants_scores and self._scheduling.prefetch == "gate"

@@ -159,12 +159,6 @@ class CapturedDecode:
         """Why steps are not captured; None while they are."""
         return self._refused
 
-    @property
-    def fixed_bytes(self) -> int:
-        """Bytes of the fixed cache."""
-        layers = [] if self._cache is None else self._cache.static
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
-
     @torch.inference_mode()
     def decode(self, state: SequenceState, token: int) -> torch.Tensor | None:
         """The logits after one more token ([vocabulary], float32); None where the step can't be captured.
