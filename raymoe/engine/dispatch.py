@@ -6,95 +6,27 @@ involved, and nothing is created per expert. A ``local`` worker costs a function
 T tokens, K experts per token, P = T * K pairs, H hidden.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from raymoe.engine.holdings import Changes, Holdings
+from raymoe.engine.splitting import by_worker, subset
+from raymoe.engine.workers import LocalWorker, RemoteWorkers
 from raymoe.errors import ExpertUnavailableError
-from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder, layer_and_expert
+from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder
 from raymoe.experts.worker import Begun
 from raymoe.placement.assignment import Fleet, reassign
 from raymoe.transport.shadow_messages import Plan
 from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing, StepId
-
-
-class LocalWorker(Protocol):
-    """A worker in this process."""
-
-    def begin(self, call: ExpertCall) -> Begun:
-        """Start the loads of a call."""
-        ...
-
-    def finish(self, begun: Begun) -> ExpertAnswer:
-        """Compute it."""
-        ...
-
-    def preview(self, begun: Begun) -> tuple[np.ndarray, torch.Tensor]:
-        """Bool per pair of a call that has begun: whether it needs no load; and those pairs' outputs."""
-        ...
-
-    def ready(self, layer: int) -> np.ndarray:
-        """Bool per expert: whether it needs no load."""
-        ...
-
-    def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
-        """A forecast for a layer to come."""
-        ...
-
-    def order(self, order: LoadOrder) -> None:
-        """Experts to have in slots when a step comes to a layer."""
-        ...
-
-    def forget(self, sequence: int) -> None:
-        """A sequence is finished; its orders are void."""
-        ...
-
-    @property
-    def load_s(self) -> float | None:
-        """Seconds to load one expert."""
-        ...
-
-
-class RemoteWorkers(Protocol):
-    """Workers in other processes.
-
-    Attributes:
-        while_waiting: done again and again while answers are waited for; None is nothing.
-    """
-
-    while_waiting: Callable[[], None] | None
-
-    def send(self, device: DeviceName, call: ExpertCall) -> int:
-        """Send a call; returns its request number."""
-        ...
-
-    def gather(
-        self, requests: dict[int, DeviceName], timeout_s: float, arrived_s: dict[int, float] | None = None
-    ) -> dict[int, ExpertAnswer]:
-        """Wait for answers; ``arrived_s`` takes the time at which each came."""
-        ...
-
-    def order(self, device: DeviceName, order: LoadOrder) -> None:
-        """Pass an order on; never waits."""
-        ...
-
-    def forget(self, device: DeviceName, sequence: int) -> None:
-        """A sequence is finished; never waits."""
-        ...
-
 
 OnAnswer = Callable[[int, int, ExpertAnswer, float | None], None]
 """Told of an answer: worker, bytes sent to it, the answer, and the round trip where nothing else was waited for."""
 
 UnderWay = tuple[LocalWorker, Begun, np.ndarray | None]
 """A call that has begun: whose, and which of all pairs are its; None is all of them in order."""
-
-Changes = dict[DeviceName, tuple[list[int], list[int]]]
-"""Per device: ids of experts loaded and evicted."""
 
 
 def nothing() -> None:
@@ -136,19 +68,17 @@ class Dispatcher:
         self._remote = remote
         self._timeout_s = timeout_s
         self._max_rows = max_rows
-        self._on_changes = on_changes
+        self._holdings = Holdings(local, bounded, on_changes)
         self._zeros = np.zeros(max(size.top_k for size in sizes), dtype=np.int32)
         self._cost = Routing()
         self._under_way: list[UnderWay] = []
-        self._changes: Changes = {}
-        self._bounded = frozenset(bounded)
-        self._remote_load_s: dict[DeviceName, float] = {}
         self.fleet = fleet
         self.on_round_trip: Callable[[DeviceName, float], None] | None = None
         self.set_owners(sizes, owners)
         if fleet is not None:
             self._names = list(devices)
-            self._resident = self._residency_of_fleet(fleet)
+            for worker, name in enumerate(self._names):
+                self._holdings.own(name, [owners_WE[worker] for owners_WE in fleet.owners_LWE])
 
     @property
     def max_rows(self) -> int:
@@ -177,30 +107,13 @@ class Dispatcher:
                 raise ExpertUnavailableError(f"layer {layer}: expert {int(np.argmin(row))} has no owner")
         self._names, self._owner = names, table
         self._gave_way = [0] * len(names)
-        self._resident = {
-            name: [
-                (row == number[name]) if name not in self._bounded else np.zeros(len(row), dtype=bool) for row in table
-            ]
-            for name in names
-            if name not in self._local
-        }
-
-    def _residency_of_fleet(self, fleet: Fleet) -> dict[DeviceName, list[np.ndarray]]:
-        """What remote devices hold at the beginning: all that they own where they have no slots, else nothing."""
-        return {
-            name: [
-                owners_WE[worker].copy() if name not in self._bounded else np.zeros(owners_WE.shape[1], dtype=bool)
-                for owners_WE in fleet.owners_LWE
-            ]
-            for worker, name in enumerate(self._names)
-            if name not in self._local
-        }
+        if self.fleet is None:
+            for name in names:
+                self._holdings.own(name, [row == number[name] for row in table])
 
     def assume_resident(self, name: DeviceName, identifiers: Collection[int]) -> None:
         """Experts that a bounded device had in its slots before this engine asked it for anything."""
-        for identifier in identifiers if name in self._bounded and name in self._resident else ():
-            layer, expert = layer_and_expert(identifier)
-            self._resident[name][layer][expert] = True
+        self._holdings.assume(name, identifiers)
 
     def available(self, layer: int) -> np.ndarray:
         """Bool per expert of the layer: whether its owner has it ready, as far as is known here."""
@@ -208,25 +121,16 @@ class Dispatcher:
             return self._local[self._names[0]].ready(layer)
         available_E = np.zeros(len(self._owner[layer]), dtype=bool)
         for index, name in enumerate(self._names):
-            worker = self._local.get(name)
-            ready_E = worker.ready(layer) if worker is not None else self._resident[name][layer]
-            available_E |= ready_E & (self._owner[layer] == index)
+            available_E |= self._holdings.ready(name, layer) & (self._owner[layer] == index)
         return available_E
 
     def holding(self, layer: int) -> np.ndarray:
         """Bool [W, E] of a fleet: what each worker has in its slots, as far as is known here."""
-        return np.stack(
-            [
-                self._local[name].ready(layer) if name in self._local else self._resident[name][layer]
-                for name in self._names
-            ]
-        )
+        return np.stack([self._holdings.ready(name, layer) for name in self._names])
 
     def loads_s(self) -> list[float | None]:
         """Seconds to load one expert on each device, as measured lately; None where that is not known."""
-        return [
-            self._local[name].load_s if name in self._local else self._remote_load_s.get(name) for name in self._names
-        ]
+        return [self._holdings.load_s(name) for name in self._names]
 
     def listen(self, action: Callable[[], None]) -> None:
         """Do something again and again while remote workers are waited for. It must not ask for experts itself."""
@@ -235,8 +139,7 @@ class Dispatcher:
 
     def load_s(self) -> float | None:
         """Seconds to load one expert on the slowest device, as measured lately; None where none is known."""
-        local = (seconds for worker in self._local.values() if (seconds := worker.load_s) is not None)
-        return max((*local, *self._remote_load_s.values()), default=None)
+        return self._holdings.slowest_load_s()
 
     def by_owner(self, layer: int, experts: np.ndarray) -> dict[DeviceName, np.ndarray]:
         """Which of ``experts`` each device owns, as a mask over them."""
@@ -284,13 +187,10 @@ class Dispatcher:
             rows_P = np.repeat(np.arange(tokens, dtype=np.int32), k)
             if len(self._names) == 1 or (owner_P == owner_P[0]).all():
                 return self._ask_one_for_all(layer, hidden_TH, experts_P, rows_P, owner_P[0], scores_E, step, meanwhile)
-        order_P = np.lexsort((experts_P, owner_P))
-        bounds = np.flatnonzero(np.diff(owner_P[order_P], prepend=-1, append=-1)).tolist()
-        calls = {}
-        for start, end in itertools.pairwise(bounds):
-            mine_P = order_P[start:end]
-            name = self._names[owner_P[mine_P[0]]]
-            calls[name] = (mine_P, subset(layer, hidden_TH, experts_P[mine_P], rows_P[mine_P], scores_E, step))
+        calls = {
+            self._names[worker]: (mine_P, subset(layer, hidden_TH, experts_P[mine_P], rows_P[mine_P], scores_E, step))
+            for worker, mine_P in by_worker(experts_P, owner_P)
+        }
         return self._ask_all(calls, len(experts_P), hidden_TH.device, meanwhile).view(tokens, k, -1)
 
     def gave_way(self, layer: int, experts: np.ndarray) -> None:
@@ -509,52 +409,10 @@ class Dispatcher:
             bytes_loaded=answer.bytes_loaded,
             calls=1,
         )
-        if name in self._resident:
-            if answer.load_s is not None:
-                self._remote_load_s[name] = answer.load_s
-            for identifiers, here in ((answer.evicted, False), (answer.loaded, True)):
-                for identifier in identifiers:
-                    layer, expert = layer_and_expert(identifier)
-                    self._resident[name][layer][expert] = here
-        if self._on_changes is not None and (answer.loaded or answer.evicted):
-            loaded, evicted = self._changes.setdefault(name, ([], []))
-            for identifier in answer.evicted:  # what came and went since the last news is none
-                loaded.remove(identifier) if identifier in loaded else evicted.append(identifier)
-            for identifier in answer.loaded:
-                evicted.remove(identifier) if identifier in evicted else loaded.append(identifier)
+        self._holdings.note(name, answer)
 
     def take_cost(self) -> Routing:
         """What calls cost since the last take; also passes residency changes on."""
         cost, self._cost = self._cost, Routing()
-        if self._changes and self._on_changes is not None:
-            changes, self._changes = {name: pair for name, pair in self._changes.items() if any(pair)}, {}
-            if changes:
-                self._on_changes(changes)
+        self._holdings.publish()
         return cost
-
-
-def subset(
-    layer: int,
-    hidden_TH: torch.Tensor,
-    experts_P: np.ndarray,
-    rows_P: np.ndarray,
-    scores_E: np.ndarray | None,
-    step: StepId | None = None,
-) -> ExpertCall:
-    """A call with only the rows it needs, renumbered."""
-    if hidden_TH.shape[0] == 1:
-        return ExpertCall(
-            layer=layer, hidden_RH=hidden_TH, experts_P=experts_P, rows_P=rows_P, scores_E=scores_E, step=step
-        )
-    needed_R, renumbered_P = np.unique(rows_P, return_inverse=True)
-    hidden_RH = (
-        hidden_TH if len(needed_R) == hidden_TH.shape[0] else hidden_TH[torch.from_numpy(needed_R).to(hidden_TH.device)]
-    )
-    return ExpertCall(
-        layer=layer,
-        hidden_RH=hidden_RH,
-        experts_P=experts_P,
-        rows_P=renumbered_P.astype(np.int32),
-        scores_E=scores_E,
-        step=step,
-    )

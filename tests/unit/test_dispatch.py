@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from raymoe.engine.dispatch import Changes, Dispatcher
+from raymoe.engine.dispatch import Dispatcher
+from raymoe.engine.holdings import Changes
 from raymoe.experts.call import ExpertAnswer, ExpertCall, expert_id
 from raymoe.placement.assignment import Fleet
 from raymoe.types import DeviceName, ExpertKey, LayerSize
