@@ -17,20 +17,15 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
+from raymoe.actors.crew import HOST_SHARE
 from raymoe.actors.lease import Lease
 from raymoe.actors.names import NAMESPACE, Life, placement_name
 from raymoe.actors.observing import Observer
-from raymoe.actors.placement import (
-    HOST_SHARE,
-    ClusterView,
-    PlacementShell,
-    bounded_devices,
-    cluster_fleet,
-    hand_out,
-    spreads,
-)
+from raymoe.actors.placement import PlacementShell
 from raymoe.actors.reports import device_stats, settings_stats
+from raymoe.actors.shares import bounded_devices, cluster_fleet, hand_out, spreads
 from raymoe.actors.tracing import ClusterTrace
+from raymoe.actors.views import ClusterView
 from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
