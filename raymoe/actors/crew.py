@@ -5,7 +5,7 @@ Part of the placement actor; light to import, as that is.
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from raymoe.actors.names import NAMESPACE, worker_name
+from raymoe.actors.nodes import is_offered, wishes
 from raymoe.actors.options import on_device
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
 from raymoe.errors import RaymoeError, StartError
@@ -38,12 +39,16 @@ class Crew:
 
     Attributes:
         handles, infos, endpoints: of the workers that are known.
+        limits: most bytes of host memory that each one's shard may take.
+        scheduling: the settings in force.
     """
 
     def __init__(self, app: str, config: ClusterConfig, sizes: tuple[LayerSize, ...], limits: "Limits") -> None:
         self.handles: dict[DeviceName, ActorHandle] = {}
         self.infos: dict[DeviceName, WorkerInfo] = {}
         self.endpoints: dict[DeviceName, Endpoint] = {}
+        self.limits: dict[DeviceName, int] = {}
+        self.scheduling = config.scheduling
         self._app = app
         self._config = config
         self._sizes = sizes
@@ -56,98 +61,138 @@ class Crew:
 
     def rebuild(self) -> None:
         """Find the workers that run already, as they do where the placement actor was restarted."""
+        asked: dict[Any, DeviceName] = {}
         for device in self.remote:
-            name = DeviceName(device.name)
             with contextlib.suppress(ValueError, RayError):
                 handle = ray.get_actor(worker_name(self._app, device.name), NAMESPACE)
-                info: Any = ray.get(handle.describe.remote(), timeout=REPORT_TIMEOUT_S)
-                self.handles[name], self.infos[name] = handle, info
-                if info.endpoint is not None:
-                    self.endpoints[name] = info.endpoint
+                self.handles[DeviceName(device.name)] = handle
+                asked[handle.describe.remote()] = DeviceName(device.name)
+        for reference, info in answers(asked, REPORT_TIMEOUT_S).items():
+            self.arrived(asked[reference], info)
+            if info.endpoint is not None:
+                self.endpoints[asked[reference]] = info.endpoint
 
-    def start(self, scheduling: SchedulingConfig) -> None:
-        """Find or create all workers, and wait for them. Raises StartError where one does not come."""
-        self.handles = {DeviceName(device.name): self._find_or_create(device, scheduling) for device in self.remote}
-        self.infos = {name: self._describe(name, handle) for name, handle in self.handles.items()}
+    def start(self) -> None:
+        """Find or create the workers, and wait for them. Those of optional devices only where a node offers one.
+
+        Raises StartError where a worker does not come.
+        """
+        nodes = ray.nodes()
+        here = [device for device in self.remote if not device.optional or is_offered(device, nodes)]
+        handles = {DeviceName(device.name): self.find_or_create(device) for device in here}
+        for device in here:
+            name = DeviceName(device.name)
+            try:
+                self.arrived(name, self._describe(name, handles[name]))
+            except StartError:
+                if not device.optional:
+                    raise
+                log.warning("optional device %s does not start; it may come later", name)
+
+    def find_or_create(self, device: DeviceConfig) -> ActorHandle:
+        """The worker of a device, whether it has started yet or not."""
+        name = DeviceName(device.name)
+        if name not in self.handles:
+            self.handles[name] = self._find_or_create(device, self.scheduling)
+        return self.handles[name]
+
+    def arrived(self, name: DeviceName, info: "WorkerInfo") -> None:
+        """A worker's process answers, and says where it lives and what it holds."""
+        self.infos[name] = info
+        self.endpoints.pop(name, None)
+        device = next(device for device in self.remote if device.name == name)
+        sharing = sum(other.node == info.node for other in self.infos.values())
+        held = sum(self._sizes[key.layer].expert_bytes for key in info.owned)
+        self.limits[name] = device.host_memory or int(HOST_SHARE * info.free_host_bytes) // sharing + held
 
     def capacities(self, local: dict[DeviceName, int]) -> list[Capacity]:
-        """Host memory per device: as configured, else an equal part of what is free on its node.
+        """Host memory per device that is there: as configured, else an equal part of what is free on its node.
 
         Args:
             local: of the devices in the engine's process.
         """
-        sharing: dict[str, int] = {}
-        for info in self.infos.values():
-            sharing[info.node] = sharing.get(info.node, 0) + 1
-        capacities = []
-        for device in self._config.devices:
-            name = DeviceName(device.name)
-            if name in local:
-                capacities.append(Capacity(device=name, host_bytes=local[name]))
-                continue
-            info = self.infos[name]
-            held = sum(self._sizes[key.layer].expert_bytes for key in info.owned)
-            free = int(HOST_SHARE * info.free_host_bytes) // sharing[info.node] + held
-            capacities.append(Capacity(device=name, host_bytes=device.host_memory or free))
-        return capacities
+        for name, info in self.infos.items():  # now it is known how many share each node
+            self.arrived(name, info)
+        memory = {**self.limits, **local}
+        names = [DeviceName(device.name) for device in self._config.devices]
+        return [Capacity(device=name, host_bytes=memory[name]) for name in names if name in memory]
 
     def load(self, ownership: Ownership) -> None:
         """Let each worker read what it lacks of its shard, and wait for all. Raises what a worker fails with."""
-        everything = self._config.scheduling.policy == "all_resident"
         loads: list[Any] = []
-        for name, handle in self.handles.items():
-            here = set(self.infos[name].owned)
+        for name, info in self.infos.items():
+            here = set(info.owned)
             missing: tuple[ExpertKey, ...] = tuple(key for key in ownership[name] if key not in here)
-            loads.append(handle.own.remote(missing, everything))
+            loads.append(self.handles[name].own.remote(missing, self._loads_all))
         for reference in loads:
             unwrapped(reference, LOAD_TIMEOUT_S)
 
-    def tell(self, scheduling: SchedulingConfig) -> tuple[DeviceName, ...]:
-        """Put settings in force. Returns the workers that did not confirm in time."""
-        settings = scheduling.model_dump(mode="json")
-        asked: dict[Any, DeviceName] = {
-            handle.reconfigure.remote(settings): name for name, handle in self.handles.items()
-        }
-        done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=REPORT_TIMEOUT_S) if asked else ([], [])
-        failed = [reference for reference in done if not _succeeds(reference)]
-        return tuple(asked[reference] for reference in (*silent, *failed))
+    def read(self, name: DeviceName, keys: tuple[ExpertKey, ...], *, fresh: bool) -> None:
+        """Let one worker read experts, and wait for it. Raises what it fails with.
 
-    def admit(self, keys: Sequence[bytes]) -> None:
-        """Let clients in at every worker, whose sockets are opened where they are not yet."""
-        binding = self.binding()
-        for name, handle in self.handles.items():
-            answer: Any = handle.serve.remote(binding(self.infos[name].address), tuple(keys))
-            self.endpoints[name] = unwrapped(answer, SERVE_TIMEOUT_S)
+        Args:
+            fresh: whether it holds nothing yet; its slots are then cut for these, and filled where the policy says so.
+        """
+        unwrapped(self.handles[name].own.remote(keys, fresh and self._loads_all), LOAD_TIMEOUT_S)
 
-    def admit_soon(self, key: bytes) -> None:
-        """Let one more client in, as far as workers answer in time."""
+    def give_up(self, name: DeviceName, keys: tuple[ExpertKey, ...]) -> None:
+        """Let one worker give experts up."""
+        unwrapped(self.handles[name].disown.remote(keys), REPORT_TIMEOUT_S)
+
+    def tell(self, names: Iterable[DeviceName] | None = None) -> tuple[DeviceName, ...]:
+        """Put the settings in force at these workers, or at all. Returns those that did not confirm in time."""
+        settings = self.scheduling.model_dump(mode="json")
+        told = list(self.infos if names is None else names)
+        asked: dict[Any, DeviceName] = {self.handles[name].reconfigure.remote(settings): name for name in told}
+        confirmed = {asked[reference] for reference in answers(asked, REPORT_TIMEOUT_S)}
+        return tuple(name for name in told if name not in confirmed)
+
+    def admit(self, keys: Sequence[bytes], names: Iterable[DeviceName] | None = None) -> None:
+        """Let clients in at these workers, or at all; sockets are opened where they are not yet.
+
+        Raises what a worker fails with.
+        """
         binding = self.binding()
-        asked: list[Any] = [
-            handle.serve.remote(binding(self.infos[name].address), (key,)) for name, handle in self.handles.items()
+        asked: list[tuple[DeviceName, Any]] = [
+            (name, self.handles[name].serve.remote(binding(self.infos[name].address), tuple(keys)))
+            for name in list(self.infos if names is None else names)
         ]
-        if asked:
-            ray.wait(asked, num_returns=len(asked), timeout=REPORT_TIMEOUT_S)
+        for name, reference in asked:
+            self.endpoints[name] = unwrapped(reference, SERVE_TIMEOUT_S)
+
+    def admit_soon(self, keys: Sequence[bytes], names: Iterable[DeviceName]) -> None:
+        """Let more clients in, as far as these workers answer in time."""
+        binding = self.binding()
+        asked: dict[Any, DeviceName] = {
+            self.handles[name].serve.remote(binding(self.infos[name].address), tuple(keys)): name for name in names
+        }
+        for reference, endpoint in answers(asked, REPORT_TIMEOUT_S).items():
+            self.endpoints[asked[reference]] = endpoint
 
     def binding(self) -> Callable[[str], str]:
-        """What to bind on a node, by its address: loopback while there is no other node. Ray is asked once."""
+        """What to bind on a node, by its address: loopback where there is no other node, nor will be."""
         addresses = {info.address for info in self.infos.values()} | {ray.util.get_node_ip_address()}
         nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        alone = len(addresses) == 1 == len(nodes)
+        alone = len(addresses) == 1 == len(nodes) and not any(device.optional for device in self._config.devices)
         return lambda node_address: self._config.bind or ("127.0.0.1" if alone else node_address)
 
-    def progress(self) -> int:
-        """How many experts are in host memory, over all workers; 0 where they do not answer in time."""
-        try:
-            return sum(ray.get([h.progress.remote() for h in self.handles.values()], timeout=REPORT_TIMEOUT_S))
-        except RayError:
-            return 0
+    def ask(self, method: str, *arguments: Any, names: Iterable[DeviceName]) -> dict[DeviceName, Any]:
+        """What a method of these workers answers; those that do not answer in time are left out."""
+        asked: dict[Any, DeviceName] = {
+            getattr(self.handles[name], method).remote(*arguments): name for name in names if name in self.handles
+        }
+        return {asked[reference]: answer for reference, answer in answers(asked, REPORT_TIMEOUT_S).items()}
 
     def end(self) -> None:
         """End all workers, those of an earlier start too."""
         for device in self._config.devices:
             with contextlib.suppress(ValueError):
                 ray.kill(ray.get_actor(worker_name(self._app, device.name), NAMESPACE), no_restart=True)
-        self.handles, self.infos, self.endpoints = {}, {}, {}
+        self.handles, self.infos, self.endpoints, self.limits = {}, {}, {}, {}
+
+    @property
+    def _loads_all(self) -> bool:
+        return self._config.scheduling.policy == "all_resident"
 
     def _find_or_create(self, device: DeviceConfig, scheduling: SchedulingConfig) -> ActorHandle:
         from raymoe.actors.worker import WorkerShell
@@ -170,10 +215,9 @@ class Crew:
             return unwrapped(handle.describe.remote(), START_TIMEOUT_S)
         except GetTimeoutError as error:
             device = next(device for device in self._config.devices if device.name == name)
-            wanted = {**device.node_labels, **device.resources} or "any node"
             raise StartError(
-                f'device "{name}" was not scheduled within {START_TIMEOUT_S:g} s; no alive node offers {wanted}? '
-                "see `ray status`"
+                f'device "{name}" was not scheduled within {START_TIMEOUT_S:g} s; no alive node offers '
+                f"{wishes(device)}? see `ray status`"
             ) from error
 
 
@@ -187,10 +231,14 @@ def unwrapped(reference: Any, timeout_s: float) -> Any:
         raise
 
 
-def _succeeds(reference: Any) -> bool:
-    try:
-        ray.get(reference)
-        return True
-    except RayError as error:
-        log.warning("a worker did not take its settings: %s", error)
-        return False
+def answers(asked: Iterable[Any], timeout_s: float) -> dict[Any, Any]:
+    """By reference, what came in time and is no failure; the others are left out, and failures logged."""
+    references = list(asked)
+    done, _ = ray.wait(references, num_returns=len(references), timeout=timeout_s) if references else ([], [])
+    found = {}
+    for reference in done:
+        try:
+            found[reference] = ray.get(reference)
+        except RayError as error:
+            log.warning("a worker failed to do what it was asked: %s", error)
+    return found
