@@ -176,12 +176,14 @@ class Crew:
         alone = len(addresses) == 1 == len(nodes) and not any(device.optional for device in self._config.devices)
         return lambda node_address: self._config.bind or ("127.0.0.1" if alone else node_address)
 
-    def ask(self, method: str, *arguments: Any, names: Iterable[DeviceName]) -> dict[DeviceName, Any]:
+    def ask(
+        self, method: str, *arguments: Any, names: Iterable[DeviceName], wait_s: float = REPORT_TIMEOUT_S
+    ) -> dict[DeviceName, Any]:
         """What a method of these workers answers; those that do not answer in time are left out."""
         asked: dict[Any, DeviceName] = {
             getattr(self.handles[name], method).remote(*arguments): name for name in names if name in self.handles
         }
-        return {asked[reference]: answer for reference, answer in answers(asked, REPORT_TIMEOUT_S).items()}
+        return {asked[reference]: answer for reference, answer in answers(asked, wait_s).items()}
 
     def end(self) -> None:
         """End all workers, those of an earlier start too."""

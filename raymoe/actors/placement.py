@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 
 SHADOW_START_S = 300.0  # to open the checkpoint and quantise; then the model starts without
 WATCH_S = 1.0
+STATS_WAIT_S = 1.0  # for reports: whoever looks wants to see at once that a device is silent
 FIRST_PONG_S = 5.0  # for the first heartbeats of workers that have just answered by Ray; a view lists who was heard
 REPAIR_WAIT_S = 60.0  # an engine that comes back to a cluster being repaired starts without the rest after that
 WAIT_STEP_S = 0.02
@@ -91,6 +92,7 @@ class PlacementShell:
         self._shadow_version = 0  # of the ownership that the shadow was told
         self._first_target: Target | None = None
         self._life = Life(actor=ray.get_runtime_context().get_actor_id() or "", start=uuid.uuid4().hex)
+        self._reports: dict[DeviceName, Any] = {}  # of workers, the last ones
         self._start_lock = threading.Lock()
         self._rebuild()
         Publisher(RayExporter(app), self._values).start()
@@ -351,7 +353,7 @@ class PlacementShell:
         lost = target.lost if target is not None else ()
         return ClusterStats(
             app=self._app,
-            devices=self._device_stats(self._crew.ask("report", names, names=self._members.reachable())),
+            devices=self._device_stats(self._ask_reports(names)),
             engine=engine[1] if engine is not None and engine[0] in self._holders.seen_s else None,
             replication=replication,
             policy=self._crew.scheduling.policy,
@@ -361,6 +363,13 @@ class PlacementShell:
             lost_experts=tuple((key.layer, key.expert) for key in lost),
             warnings=shortages(replication, most, len(lost)),
         )
+
+    def _ask_reports(self, names: bool) -> dict[DeviceName, Any]:
+        """Every worker's report; the last one of a worker that is busy, or silent for a moment."""
+        there = self._members.reachable()
+        self._reports |= self._crew.ask("report", names, names=there, wait_s=STATS_WAIT_S)
+        self._reports = {name: report for name, report in self._reports.items() if name in there}
+        return self._reports
 
     def _device_stats(self, reports: dict[DeviceName, Any]) -> dict[str, DeviceStats]:
         now_s = self._members.clock()
