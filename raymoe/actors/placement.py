@@ -34,7 +34,7 @@ from raymoe.actors.reports import device_stats, down_stats, settings_stats
 from raymoe.actors.shadow_keeper import ShadowKeeper
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
 from raymoe.errors import RaymoeError, StartError
-from raymoe.observe.metrics import Values, of_predictor
+from raymoe.observe.metrics import PLACEMENT, Values, of_predictor, of_record
 from raymoe.observe.ray_metrics import Publisher, RayExporter
 from raymoe.observe.stats import ClusterStats, EngineStats, PredictorStats
 from raymoe.placement.assignment import Fleet, fleet_of
@@ -296,6 +296,8 @@ class PlacementShell:
             policy=self._scheduling.policy,
             predictor=self._predictor_stats(),
             settings=settings_stats(self._scheduling),
+            dropped_messages=self._server.dropped if self._server is not None else 0,
+            refused_clients=self._server.refused if self._server is not None else 0,
         )
 
     def residency(self) -> "dict[str, ResidencyMap]":
@@ -309,7 +311,8 @@ class PlacementShell:
 
     def _values(self) -> Values:
         """Metrics of what this actor alone sees."""
-        return of_predictor(self._predictor_stats()) + self._heartbeats.values(list(self._workers))
+        values = of_predictor(self._predictor_stats()) + self._heartbeats.values(list(self._workers))
+        return values if self._server is None else values + of_record(self._server, PLACEMENT)
 
     def _predictor_stats(self) -> PredictorStats | None:
         """The shadow's; other kinds are part of the engine, and well while that is."""

@@ -19,6 +19,8 @@ class DeviceStats:
         link_busy_s: seconds for which loads kept the link busy, since the start.
         substituted: (token, expert) pairs of the router that were this device's and gave way to others.
         heartbeat_age_s: since it was last heard of; None for a device in the engine's own process.
+        dropped_messages: of admitted clients, but malformed, or sent again by somebody on the way.
+        refused_clients: connections that were not let in, or were cut for a forged frame.
     """
 
     name: str
@@ -45,6 +47,7 @@ class DeviceStats:
     prefetches_refused: int
     prefetches_late: int
     dropped_messages: int = 0
+    refused_clients: int = 0
     slot_count: int | None = None
     prefetches_used: int = 0
     prefetches_wasted: int = 0
@@ -149,6 +152,7 @@ class PredictorStats:
     guesses: int = 0
     right: int = 0
     dropped_messages: int = 0
+    refused_clients: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +177,11 @@ class SettingsStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStats:
-    """Everything: devices by name, the engine (None where none has told its counts yet), policy, and predictor."""
+    """Everything: devices by name, the engine (None where none has told its counts yet), policy, and predictor.
+
+    Attributes:
+        dropped_messages, refused_clients: at the placement actor's own socket, as in ``DeviceStats``.
+    """
 
     app: str
     devices: dict[str, DeviceStats]
@@ -182,6 +190,8 @@ class ClusterStats:
     policy: str = "on_demand"
     predictor: PredictorStats | None = None
     settings: SettingsStats | None = None
+    dropped_messages: int = 0
+    refused_clients: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the rates."""
