@@ -14,7 +14,9 @@ PORT ?= 8000
 JOBS ?= $(shell nproc)
 PROMPT ?= Elizabeth looked at Mr. Darcy and
 
-.PHONY: run test check bench soak lint types imports unit test-browser docs clean
+MINUTES ?= 5
+
+.PHONY: run test check bench soak fuzz audit lint types imports unit test-browser docs clean
 
 # torch first and alone: with a CPU build installed, nothing later asks for the CUDA one
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -74,6 +76,17 @@ bench: $(VENV)/.dev
 # 500 requests of every kind over ten minutes against a real server; every good answer is checked, nothing may be left
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak
+
+# the parsers of the data plane, guided by coverage (skipped where atheris has no wheel), and a million mutated messages
+fuzz: $(VENV)/.dev
+	$(PIP) -e ".[fuzz]" || echo "atheris can't be installed here"
+	$(BIN)/python -m tests.fuzz.guided --minutes $(MINUTES)
+	$(BIN)/python -m tests.fuzz.million --json out/fuzz/million.json
+
+# known vulnerabilities of what is installed; skipped, and says so, where no vulnerability service can be reached
+audit: $(VENV)/.dev
+	$(PIP) -e ".[audit]" || echo "pip-audit can't be installed here"
+	$(BIN)/python -m tests.audit
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -15,9 +15,11 @@ def on_files(files: Files, config: Any) -> Files:
     for path in sorted((ROOT / FOLDER).iterdir()):
         if path.suffix in KINDS:
             files.append(File.generated(config, f"{FOLDER}/{path.name}", content=path.read_bytes()))
+    security = (ROOT / "SECURITY.md").read_text().replace("](docs/", "](")
+    files.append(File.generated(config, "security.md", content=security))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Links one folder up lead to the copies here."""
-    return markdown.replace("](../deployments/", "](deployments/")
+    return markdown.replace("](../deployments/", "](deployments/").replace("](../SECURITY.md", "](security.md")

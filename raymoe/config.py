@@ -6,7 +6,7 @@ Everything here is strict (unknown fields are refused) and immutable, and import
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from raymoe.errors import ConfigError
 from raymoe.presets import SHADOW_PRESETS
@@ -14,6 +14,8 @@ from raymoe.strict import Bytes, BytesOrNone, StrictModel, read_mapping, validat
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-moe"
 """The small trained checkpoint that ships with the package."""
+
+ALL_INTERFACES = frozenset({"", "*", "0", "0.0.0.0", "::", "::0", "::ffff:0.0.0.0", "0:0:0:0:0:0:0:0"})
 
 Alpha = Annotated[float, within(0, 1)]
 
@@ -37,7 +39,12 @@ class ModelConfig(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of weights and activations; auto: as the checkpoint says."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that lies in the checkpoint. Off for safety.")
+    trust_remote_code: bool = Field(
+        False,
+        description="Run Python code that lies in the checkpoint, on every node and with all rights of its process. "
+        "Only for checkpoints whose authors you trust like those of the software itself; read the code before. No "
+        "architecture that transformers knows by itself needs it.",
+    )
 
     @property
     def source(self) -> str:
@@ -395,7 +402,8 @@ class ClusterConfig(StrictModel):
     serving: ServingConfig = Field(default_factory=ServingConfig)
     bind: str | None = Field(
         None,
-        description="Address the data plane binds; omitted: loopback, or the node's address in a real cluster.",
+        description="Address the data plane binds; omitted: loopback, or the node's address in a real cluster. One "
+        "that stands for all interfaces is refused.",
     )
 
     @model_validator(mode="before")
@@ -408,6 +416,18 @@ class ClusterConfig(StrictModel):
         if isinstance(scheduling, dict) and "policy" not in scheduling:
             return {**data, "scheduling": {**scheduling, "policy": "joint"}}
         return data
+
+    @field_validator("bind")
+    @classmethod
+    def _binds_one_address(cls, bind: str | None) -> str | None:
+        """Everyone connects to what was bound, so an address that means all interfaces is of no use either."""
+        if bind is not None and bind.strip("[]") in ALL_INTERFACES:
+            raise ValueError(
+                f'"{bind}" is every interface of a node, and no address that others could connect to: omit bind, and '
+                "each worker listens on its node's own address; to choose another, give that to `ray start "
+                "--node-ip-address`"
+            )
+        return bind
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "ClusterConfig":

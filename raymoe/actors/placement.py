@@ -32,6 +32,7 @@ from raymoe.actors.shadow_keeper import ShadowKeeper
 from raymoe.actors.shares import bounded_devices, cluster_fleet, hand_out, spreads
 from raymoe.actors.views import ClusterView
 from raymoe.config import ClusterConfig, SchedulingConfig
+from raymoe.observe.metrics import PLACEMENT, Values, of_record
 from raymoe.observe.ray_metrics import Publisher, RayExporter
 from raymoe.observe.stats import ClusterStats, EngineStats
 from raymoe.placement.ownership import (
@@ -93,7 +94,7 @@ class PlacementShell:
         self._life = Life(actor=ray.get_runtime_context().get_actor_id() or "", start=uuid.uuid4().hex)
         self._start_lock = threading.Lock()
         self._rebuild()
-        Publisher(RayExporter(app), self._overview.values).start()
+        Publisher(RayExporter(app), self._values).start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     @cached_property
@@ -347,12 +348,20 @@ class PlacementShell:
         """
         engine = self._engine
         told = engine[1] if engine is not None and engine[0] in self._holders.seen_s else None
-        return self._overview.stats(told, names)
+        stats, server = self._overview.stats(told, names), self._server
+        if server is None:
+            return stats
+        return replace(stats, dropped_messages=server.dropped, refused_clients=server.refused)
 
     def residency(self) -> "dict[str, ResidencyMap]":
         """Every worker's map; those that do not answer are left out."""
         maps = self._crew.ask("residency", names=self._members.reachable())
         return {str(name): answer for name, answer in maps.items()}
+
+    def _values(self) -> Values:
+        """Metrics of what this actor alone sees."""
+        values = self._overview.values()
+        return values if self._server is None else values + of_record(self._server, PLACEMENT)
 
     # --- within -----------------------------------------------------------------------------------------
 

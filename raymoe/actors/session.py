@@ -279,10 +279,12 @@ class Session:
         devices: dict[str, DeviceStats] = {}
         kind = self.config.predictor_kind
         predictor = PredictorStats(kind=kind, state="healthy") if kind is not None else None
+        dropped = refused = 0
         if self._placement is not None:
             workers: Any = ray.get(self._placement.stats.remote(names), timeout=STATS_TIMEOUT_S)
             devices |= workers.devices
             predictor = workers.predictor or predictor
+            dropped, refused = workers.dropped_messages, workers.refused_clients
         for device in self.config.devices:
             worker = self._local.get(DeviceName(device.name))
             if worker is not None:
@@ -300,6 +302,8 @@ class Session:
             policy=self.config.scheduling.policy,
             predictor=predictor,
             settings=settings_stats(self.scheduling),
+            dropped_messages=dropped,
+            refused_clients=refused,
         )
 
     def trace(self) -> ClusterTrace:

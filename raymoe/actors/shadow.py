@@ -46,6 +46,7 @@ class ShadowReport:
     guesses: int
     right: int
     dropped_messages: int
+    refused_clients: int
     failure: str | None
 
 
@@ -113,6 +114,7 @@ class ShadowShell:
             wasted=counts.wasted,
             guesses=counts.guesses,
             right=counts.right,
-            dropped_messages=self._server.dropped,
+            dropped_messages=self._server.dropped + self._server.replayed,
+            refused_clients=self._server.refused,
             failure=None if failure is None else f"{type(failure).__name__}: {failure}",
         )

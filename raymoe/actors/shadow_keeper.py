@@ -103,7 +103,7 @@ class ShadowKeeper:
         info, report = self._info, self._report
         if info is None or self.endpoint is None:
             return PredictorStats(kind=self._config.kind, state="down", reason=self.reason)
-        counted = ("steps", "wasted", "guesses", "right", "dropped_messages") if report is not None else ()
+        counted = ("steps", "wasted", "guesses", "right", "dropped_messages", "refused_clients") if report else ()
         return PredictorStats(
             kind=self._config.kind,
             state="healthy",

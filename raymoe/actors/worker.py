@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -128,7 +128,10 @@ class WorkerShell:
         Args:
             names: also of the resident experts.
         """
-        return self._worker.report(names=names), self._server.dropped if self._server else 0
+        report = self._worker.report(names=names)
+        if self._server is None:
+            return report, 0
+        return replace(report, refused_clients=self._server.refused), self._server.dropped
 
     def residency(self) -> "ResidencyMap":
         """Where every expert is, and how much it is used."""

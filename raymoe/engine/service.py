@@ -130,7 +130,7 @@ class ModelService:
         if gpu_kernels is not None and isinstance(experts, ExpertScheduler):
             self._captured = captured_decode(self.runner, experts, checkpoint, sites, gpu_kernels)
             self.runner.captured = self._captured
-        self.tokenizer = load_tokenizer(checkpoint)
+        self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=config.model.trust_remote_code)
         self.prompts = Prompts(self.tokenizer, checkpoint.path)
         raw = generation_config(checkpoint)
         text_config = checkpoint.config.get_text_config()
@@ -417,13 +417,13 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     return SamplingParams(**values)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer, or None where it has none."""
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer, or None where it has none. Code of its own never runs unless that was asked for."""
     path = tokenizer_path(checkpoint)
     if path is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # many libraries below, many kinds of error
         raise CheckpointError(f"the tokenizer in {path} can't be loaded: {error}") from error
 

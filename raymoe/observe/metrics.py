@@ -114,7 +114,8 @@ DEVICES: tuple[Metric, ...] = (
     _device("counter", "prefetches_wasted", "prefetches_wasted", "Those that left before a call asked for them."),
     _device("counter", "prefetches_late", "prefetches_late", "Prefetches that were ordered, but never begun."),
     _device("counter", "prefetches_refused", "prefetches_refused", "Prefetches worth less than what they would evict."),
-    _device("counter", "dropped_messages", "dropped_messages", "Malformed messages that were dropped."),
+    _device("counter", "dropped_messages", "dropped_messages", "Malformed or replayed messages that were dropped."),
+    _device("counter", "refused_clients", "refused_clients", "Connections that were not let in."),
 )
 """From ``DeviceStats``, told by the device's own worker."""
 
@@ -146,10 +147,18 @@ PREDICTOR: tuple[Metric, ...] = (
     _engine("counter", "shadow_steps_wasted", "wasted", "Those of them that were left or taken back."),
     _engine("counter", "shadow_guesses", "guesses", "The shadow's own next tokens."),
     _engine("counter", "shadow_guesses_right", "right", "Those of them that the model chose too."),
+    _engine("counter", "shadow_dropped_messages", "dropped_messages", "Messages that the shadow dropped."),
+    _engine("counter", "shadow_refused_clients", "refused_clients", "Connections that the shadow did not let in."),
 )
 """From ``PredictorStats``."""
 
-ALL: tuple[Metric, ...] = (*REQUESTS, *ENGINE, *DEVICES, *SEEN_DEVICES, *CLUSTER, *PREDICTOR)
+PLACEMENT: tuple[Metric, ...] = (
+    _engine("counter", "placement_dropped_messages", "dropped", "Messages that the placement actor dropped."),
+    _engine("counter", "placement_refused_clients", "refused", "Connections that the placement actor did not let in."),
+)
+"""From its ``PlacementServer``."""
+
+ALL: tuple[Metric, ...] = (*REQUESTS, *ENGINE, *DEVICES, *SEEN_DEVICES, *CLUSTER, *PREDICTOR, *PLACEMENT)
 
 Values = list[tuple[Metric, dict[str, str], float]]
 """Totals of counters and states of gauges, with their labels."""

@@ -23,6 +23,8 @@ class DeviceStats:
         link_busy_s: seconds for which loads kept the link busy, since the start.
         substituted: (token, expert) pairs of the router that were this device's and gave way to others.
         heartbeat_age_s: since it was last heard of; None for a device in the engine's own process.
+        dropped_messages: of admitted clients, but malformed, or sent again by somebody on the way.
+        refused_clients: connections that were not let in, or were cut for a forged frame.
     """
 
     name: str
@@ -49,6 +51,7 @@ class DeviceStats:
     prefetches_refused: int
     prefetches_late: int
     dropped_messages: int = 0
+    refused_clients: int = 0
     slot_count: int | None = None
     prefetches_used: int = 0
     prefetches_wasted: int = 0
@@ -165,6 +168,7 @@ class PredictorStats:
     guesses: int = 0
     right: int = 0
     dropped_messages: int = 0
+    refused_clients: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +200,7 @@ class ClusterStats:
         repairs: how many times experts were read again, or shared anew, because devices had gone or come.
         lost_experts: (layer, expert) of those for which the devices that are there have no room.
         warnings: what is worse than it was meant to be, in words.
+        dropped_messages, refused_clients: at the placement actor's own socket, as in ``DeviceStats``.
     """
 
     app: str
@@ -208,6 +213,8 @@ class ClusterStats:
     repairs: int = 0
     lost_experts: tuple[tuple[int, int], ...] = ()
     warnings: tuple[str, ...] = ()
+    dropped_messages: int = 0
+    refused_clients: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the rates."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from raymoe.errors import FrameError
-from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder
+from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder, layer_and_expert
 from raymoe.types import StepId
 
 MAGIC = b"RMOE"
@@ -27,6 +27,7 @@ TIMES = struct.Struct("<ff")  # seconds per load, 0 where unknown; seconds of co
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_TEXT_BYTES = 4096
+MAX_BUFFERS = 4  # of a call with scores
 
 
 class Kind(IntEnum):
@@ -160,12 +161,15 @@ def parse_call(header: Header, body: Sequence[Buffer], limits: Limits) -> Expert
         raise FrameError(f"experts of a call must lie within 0 and {limits.experts - 1}")
     if rows.min() < 0 or rows.max() >= header.rows:
         raise FrameError(f"row indices must lie within 0 and {header.rows - 1}")
+    scores = np.frombuffer(frames[3], dtype=np.float32) if header.a else None
+    if scores is not None and not np.isfinite(scores).all():
+        raise FrameError("gate scores of a call must be finite")
     return ExpertCall(
         layer=header.layer,
         hidden_RH=tensor_from(frames[0], header.dtype, (header.rows, header.hidden)),
         experts_P=experts,
         rows_P=rows,
-        scores_E=np.frombuffer(frames[3], dtype=np.float32) if header.a else None,
+        scores_E=scores,
         step=StepId(sequence=header.big, position=header.b) if header.c else None,
     )
 
@@ -199,7 +203,7 @@ def parse_answer(header: Header, body: Sequence[Buffer], limits: Limits) -> Expe
         raise FrameError(f"{changed:,} residency changes, the limit is {limits.changes:,}")
     expected = [header.pairs * header.hidden * header.dtype.itemsize, TIMES.size + 4 * changed]
     frames = exact_frames(body, expected, limits)
-    changes = np.frombuffer(frames[1][TIMES.size :], dtype=np.int32).tolist()
+    changes = _identifiers(frames[1][TIMES.size :], limits).tolist()
     load_s, compute_s = TIMES.unpack(frames[1][: TIMES.size])
     if not 0 <= load_s < math.inf or not 0 <= compute_s < math.inf:
         raise FrameError(f"a load takes {load_s} s and computing {compute_s} s, which are no times")
@@ -245,12 +249,20 @@ def parse_experts(header: Header, body: Sequence[Buffer], limits: Limits) -> tup
     if header.a > limits.changes or header.b > MAX_TEXT_BYTES:
         raise FrameError(f"{header.a:,} experts in one list, the limit is {limits.changes:,}")
     frames = exact_frames(body, [4 * header.a, 4 * header.a, header.b], limits)
-    identifiers = np.frombuffer(frames[0], dtype=np.int32).tolist()
-    return (
-        identifiers,
-        np.frombuffer(frames[1], dtype=np.float32).tolist(),
-        bytes(frames[2]).decode(errors="replace"),
-    )
+    identifiers, scores = _identifiers(frames[0], limits), np.frombuffer(frames[1], dtype=np.float32)
+    if not np.isfinite(scores).all():
+        raise FrameError("scores of a list of experts must be finite")
+    return identifiers.tolist(), scores.tolist(), bytes(frames[2]).decode(errors="replace")
+
+
+def _identifiers(buffer: memoryview, limits: Limits) -> np.ndarray:
+    """Expert ids. Raises FrameError for those of layers and experts that no model of these limits has."""
+    identifiers = np.frombuffer(buffer, dtype=np.int32)
+    if len(identifiers):
+        layers, experts = layer_and_expert(identifiers)
+        if layers.min() < 0 or layers.max() >= limits.layers or experts.max() >= limits.experts:
+            raise FrameError(f"expert ids are of {limits.layers:,} layers with at most {limits.experts:,} experts")
+    return identifiers
 
 
 def pack_forecast(layer: int, experts: np.ndarray, worths: np.ndarray) -> Message:
@@ -322,6 +334,8 @@ def exact_frames(body: Sequence[Buffer], expected: list[int], limits: Limits) ->
     """The body's buffers. Raises FrameError unless their lengths are exactly ``expected``, in bytes."""
     if sum(expected) > limits.body_bytes:
         raise FrameError(f"a body of {sum(expected):,} bytes, the limit is {limits.body_bytes:,}")
+    if len(body) > MAX_BUFFERS:
+        raise FrameError(f"{len(body):,} buffers; a message has at most {MAX_BUFFERS}")
     views = [memoryview(frame).cast("B") for frame in body]
     lengths = [len(view) for view in views]
     if lengths != expected:

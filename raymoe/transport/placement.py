@@ -11,6 +11,7 @@ from raymoe.experts.call import expert_id
 from raymoe.placement.prefetch import orders
 from raymoe.placement.state import ClusterState
 from raymoe.transport.client import WorkerClient
+from raymoe.transport.door import AllowedClients, Door
 from raymoe.transport.frames import (
     Buffer,
     Header,
@@ -23,7 +24,7 @@ from raymoe.transport.frames import (
     parse_forecast,
 )
 from raymoe.transport.server import SocketThread
-from raymoe.transport.sockets import AllowedClients, Endpoint, KeyPair, authenticator, client_socket, server_socket
+from raymoe.transport.sockets import Endpoint, KeyPair, client_socket, server_socket
 from raymoe.types import DeviceName
 
 LOADED, EVICTED = 1.0, 0.0  # the "score" of a residency change says which way it went
@@ -44,21 +45,27 @@ class PlacementServer:
         self._on_forecast = on_forecast
         self._context = zmq.Context(io_threads=1)
         self.clients = AllowedClients()
-        self._authenticator = authenticator(self._context, self.clients)
+        self._door = Door(self._context, self.clients)
         keys = KeyPair.create()
         socket, endpoint = server_socket(self._context, address, keys, limits)
         self.endpoint = Endpoint(data=endpoint, control=endpoint, public_key=keys.public)
+        self._door.watch(socket)
         self._thread = SocketThread(socket, self._on_message, limits, "placement")
 
     @property
     def dropped(self) -> int:
-        """Malformed messages so far."""
-        return self._thread.dropped
+        """Malformed and replayed messages so far."""
+        return self._thread.dropped + self._door.replayed
+
+    @property
+    def refused(self) -> int:
+        """Connections so far that were not let in, or were cut for a forged frame."""
+        return self._door.refused
 
     def close(self) -> None:
         """Stop serving."""
         self._thread.close()
-        self._authenticator.stop()
+        self._door.close()
         self._context.term()
 
     def _on_message(self, header: Header, body: Sequence[Buffer]) -> Message | None:

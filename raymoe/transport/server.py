@@ -15,6 +15,7 @@ import zmq
 
 from raymoe.errors import FrameError
 from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder, layer_and_expert
+from raymoe.transport.door import AllowedClients, Door, worth_telling
 from raymoe.transport.frames import (
     Buffer,
     Header,
@@ -29,7 +30,7 @@ from raymoe.transport.frames import (
     parse_header,
     parse_order,
 )
-from raymoe.transport.sockets import AllowedClients, Endpoint, KeyPair, authenticator, server_socket
+from raymoe.transport.sockets import Endpoint, KeyPair, server_socket
 
 log = logging.getLogger(__name__)
 POLL_MS = 200  # how often a quiet thread looks whether it should stop
@@ -102,7 +103,8 @@ class SocketThread:
             reply = self._handler(header, buffers[1:])
         except FrameError as error:
             self.dropped += 1
-            log.warning("dropped a malformed message: %s", error)
+            if worth_telling(self.dropped):
+                log.warning("dropped %d malformed messages so far, the last for this: %s", self.dropped, error)
             return
         except Exception:  # a fault of ours: this thread must outlive it, the sender runs into its deadline
             log.exception("a message could not be handled")
@@ -129,11 +131,12 @@ class WorkerServer:
         self._limits = limits
         self._context = context or zmq.Context(io_threads=1)
         self.clients = AllowedClients(clients)
-        self._authenticator = authenticator(self._context, self.clients)
+        self._door = Door(self._context, self.clients)
         keys = KeyPair.create()
         data, data_endpoint = server_socket(self._context, address, keys, limits)
         control, control_endpoint = server_socket(self._context, address, keys, limits)
         self.endpoint = Endpoint(data=data_endpoint, control=control_endpoint, public_key=keys.public)
+        self._door.watch(data, control)
         self._threads = [
             SocketThread(data, self._on_call, limits, f"calls-{worker.name}"),
             SocketThread(control, self._on_control, limits, f"control-{worker.name}"),
@@ -141,14 +144,19 @@ class WorkerServer:
 
     @property
     def dropped(self) -> int:
-        """Malformed messages so far."""
-        return sum(thread.dropped for thread in self._threads)
+        """Malformed and replayed messages so far."""
+        return sum(thread.dropped for thread in self._threads) + self._door.replayed
+
+    @property
+    def refused(self) -> int:
+        """Connections so far that were not let in, or were cut for a forged frame."""
+        return self._door.refused
 
     def close(self) -> None:
         """Stop serving; the worker lives on."""
         for thread in self._threads:
             thread.close()
-        self._authenticator.stop()
+        self._door.close()
         self._context.term()
 
     def _on_call(self, header: Header, body: Sequence[Buffer]) -> Message | None:

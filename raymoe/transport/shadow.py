@@ -9,6 +9,7 @@ from collections.abc import Callable
 import zmq
 
 from raymoe.errors import FrameError
+from raymoe.transport.door import AllowedClients, Door
 from raymoe.transport.frames import Limits, parse_header
 from raymoe.transport.shadow_messages import (
     FromShadow,
@@ -18,14 +19,7 @@ from raymoe.transport.shadow_messages import (
     parse_from_shadow,
     parse_news,
 )
-from raymoe.transport.sockets import (
-    AllowedClients,
-    Endpoint,
-    KeyPair,
-    authenticator,
-    client_socket,
-    server_socket,
-)
+from raymoe.transport.sockets import Endpoint, KeyPair, client_socket, server_socket
 
 
 class ShadowServer:
@@ -33,7 +27,7 @@ class ShadowServer:
 
     Attributes:
         clients: keys that may connect.
-        dropped: malformed messages.
+        dropped: malformed messages, and answers for which there was no room.
     """
 
     def __init__(self, address: str, limits: Limits) -> None:
@@ -41,10 +35,11 @@ class ShadowServer:
         self.dropped = 0
         self._limits = limits
         self._context = zmq.Context(io_threads=1)
-        self._authenticator = authenticator(self._context, self.clients)
+        self._door = Door(self._context, self.clients)
         keys = KeyPair.create()
         self._socket, endpoint = server_socket(self._context, address, keys, limits)
         self.endpoint = Endpoint(data=endpoint, control=endpoint, public_key=keys.public)
+        self._door.watch(self._socket)
         self._peer: bytes | None = None
 
     def receive(self, wait_s: float) -> News | None:
@@ -71,10 +66,20 @@ class ShadowServer:
         except zmq.ZMQError:  # it does not keep up, or is gone
             self.dropped += 1
 
+    @property
+    def refused(self) -> int:
+        """Connections so far that were not let in, or were cut for a forged frame."""
+        return self._door.refused
+
+    @property
+    def replayed(self) -> int:
+        """Frames that came twice."""
+        return self._door.replayed
+
     def close(self) -> None:
         """Stop listening."""
         self._socket.close()
-        self._authenticator.stop()
+        self._door.close()
         self._context.term()
 
 

@@ -1,18 +1,23 @@
 """How sockets are made: bounded, encrypted, on one named address.
 
-Keys are CURVE pairs. A server admits only the client keys it was told; they travel through Ray's actor calls,
-never over these sockets, and are never logged.
+Keys are CURVE pairs. A server admits only the client keys it was told (``door``); they travel through Ray's actor
+calls, never over these sockets, and are never logged.
 """
 
 from dataclasses import dataclass, field
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
 from raymoe.transport.frames import HEADER, Limits
 
 HIGH_WATER_MARK = 64  # messages: several layers' worth; a full queue is an error, not a place to wait
 LINGER_MS = 0
+HANDSHAKE_MS = 5000  # two round trips; whoever is not in by then is cut off, so that silent connections do not pile up
+BACKLOG = 64  # connections that the kernel holds until they are accepted: more than a cluster has at once
+DOMAIN = b"raymoe"  # a name for the authenticator; without one, ZeroMQ lets everybody in where none answers
+# of a host that vanished without a word: its connection is closed after KEEPALIVE_IDLE_S + 3 x KEEPALIVE_EVERY_S, and
+# so is one whose peer has acknowledged nothing for as long
+KEEPALIVE_IDLE_S, KEEPALIVE_EVERY_S, KEEPALIVE_COUNT = 10, 5, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +42,16 @@ class Endpoint:
     public_key: bytes
 
 
-class AllowedClients:
-    """Answers ZeroMQ's question whether a client key may connect."""
-
-    def __init__(self, keys: set[bytes] | None = None) -> None:
-        self.keys = set(keys or ())
-        self.refused = 0
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Called by the authenticator with the client's public key."""
-        if key in self.keys:
-            return True
-        self.refused += 1
-        return False
-
-
-def authenticator(context: zmq.Context, clients: AllowedClients) -> ThreadAuthenticator:
-    """Start the thread that vets clients of every server socket in ``context``."""
-    thread = ThreadAuthenticator(context)
-    thread.start()
-    thread.configure_curve_callback(domain="*", credentials_provider=clients)
-    return thread
-
-
 def server_socket(context: zmq.Context, address: str, keys: KeyPair, limits: Limits) -> tuple[zmq.Socket, str]:
-    """A bound ROUTER on a free port of ``address``; returns it and its endpoint."""
+    """A bound ROUTER on a free port of ``address``; returns it and its endpoint.
+
+    It admits nobody before ``context`` has a ``Door``.
+    """
     socket = context.socket(zmq.ROUTER)
     _bound(socket, limits)
+    socket.setsockopt(zmq.BACKLOG, BACKLOG)
+    socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     socket.curve_server = True
     socket.curve_publickey = keys.public
     socket.curve_secretkey = keys.secret
@@ -99,3 +87,9 @@ def _bound(socket: zmq.Socket, limits: Limits) -> None:
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.MAXMSGSIZE, limits.body_bytes + HEADER.size)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_EVERY_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_COUNT)
+    socket.setsockopt(zmq.TCP_MAXRT, 1000 * (KEEPALIVE_IDLE_S + KEEPALIVE_COUNT * KEEPALIVE_EVERY_S))

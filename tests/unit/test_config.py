@@ -1,5 +1,6 @@
 """Configuration: sizes, strictness, and messages that name the file and the field."""
 
+import inspect
 import runpy
 import subprocess
 import sys
@@ -502,3 +503,38 @@ def test_drafts_need_a_shadow_that_is_ahead_and_aligned(fields: dict[str, Any], 
     raw = {"scheduling": {"policy": "on_demand_shadow"}, "predictor": {"drafts": 4, **fields}}
     with pytest.raises(ConfigError, match=message):
         ClusterConfig.parse(raw)
+
+
+# --- what is open to others -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bind", ["0.0.0.0", "::", "[::]", "*", "0"])
+def test_no_socket_is_bound_to_all_interfaces(bind: str) -> None:
+    message = refused({"bind": bind})
+    assert message.startswith(f'cluster config: bind: "{bind}" is every interface of a node')
+    assert "omit bind" in message
+
+
+@pytest.mark.parametrize("bind", [None, "127.0.0.1", "192.168.1.7", "::1", "fe80::1%eth0"])
+def test_an_address_of_its_own_may_be_bound(bind: str | None) -> None:
+    assert ClusterConfig.parse({"bind": bind}).bind == bind
+
+
+@pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda path: path.name)
+def test_every_deployment_serves_this_machine_only(path: Path) -> None:
+    """Those without ``http_options`` are cluster configurations, whose address is the command's: see its default."""
+    data = yaml.safe_load(path.read_text())
+    assert data.get("http_options", {}).get("host", "127.0.0.1") == "127.0.0.1"
+    assert data.get("bind") is None
+    assert not data.get("model", {}).get("trust_remote_code", False)
+
+
+def test_the_server_command_listens_on_loopback_unless_told_otherwise() -> None:
+    from raymoe.cli import serve
+
+    assert inspect.signature(serve).parameters["host"].default == "127.0.0.1"
+    assert inspect.signature(serve).parameters["port"].default == 8000
+
+
+def test_code_of_a_checkpoint_is_not_trusted_by_default() -> None:
+    assert ModelConfig().trust_remote_code is False
