@@ -38,6 +38,11 @@ class ModelConfig(StrictModel):
         "auto", description="Precision of weights and activations; auto: as the checkpoint says."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that lies in the checkpoint. Off for safety.")
+    map_weights: bool = Field(
+        False,
+        description="Map weights that are stored as they are served, so that processes on a node share their memory. "
+        "Only for files that nobody changes: a file that is truncated meanwhile ends whoever maps it.",
+    )
 
     @property
     def source(self) -> str:

@@ -18,6 +18,10 @@ class ExpertKey:
     expert: int
 
 
+ExpertDigests = dict[ExpertKey, tuple[int, ...]]
+"""Digests of the tensors, or rows of them, that experts are made of in a checkpoint."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class StepId:
     """One forward of the trunk.

@@ -38,6 +38,7 @@ from raymoe.observe.metrics import Values, of_predictor
 from raymoe.observe.ray_metrics import Publisher, RayExporter
 from raymoe.observe.stats import ClusterStats, EngineStats, PredictorStats
 from raymoe.placement.assignment import Fleet, fleet_of
+from raymoe.placement.digest_book import DigestBook, check_same_weights
 from raymoe.placement.grouping import grouped_ownership
 from raymoe.placement.ownership import (
     BYTES_PER_S,
@@ -112,6 +113,7 @@ class PlacementShell:
         self._replication = 1
         self._start_lock = threading.Lock()
         self._heartbeats = Heartbeats()
+        self._digests = DigestBook()
         self._rebuild()
         Publisher(RayExporter(app), self._values).start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -133,28 +135,30 @@ class PlacementShell:
         """``holder`` is leaving; the last one ends the cluster (the watch does, so that this call returns)."""
         self._holders.release(holder)
 
-    def start(self, local: dict[DeviceName, int], client_key: bytes) -> ClusterView:
+    def start(self, local: dict[DeviceName, int], client_key: bytes, fingerprint: str) -> ClusterView:
         """Start or find the workers, hand out experts, admit a client. Safe to call again.
 
         Args:
             local: host memory in bytes of devices that live in the engine's process.
             client_key: CURVE public key of the engine.
+            fingerprint: of the engine's weights.
 
         Raises StartError, CapacityError or CheckpointError; all workers are ended then.
         """
         with self._start_lock:
             try:
-                return self._start(local, client_key)
+                return self._start(local, client_key, fingerprint)
             except BaseException:
                 self._kill_workers()
                 raise
 
-    def _start(self, local: dict[DeviceName, int], client_key: bytes) -> ClusterView:
+    def _start(self, local: dict[DeviceName, int], client_key: bytes, fingerprint: str) -> ClusterView:
         remote = [device for device in self._config.devices if device.transport == "zmq"]
         if self._shadow is not None:  # it quantises its experts while the workers read theirs
             self._shadow.create()
         self._workers = {DeviceName(device.name): self._find_or_create(device) for device in remote}
         self._infos = {name: self._describe(name, handle) for name, handle in self._workers.items()}
+        check_same_weights(fingerprint, [(name, info.address, info.fingerprint) for name, info in self._infos.items()])
         capacities = self._capacities(remote, local)
         total = sum(size.experts * size.expert_bytes for size in self._sizes)
         self._replication = replication_factor(self._config.replication, total, capacities)
@@ -331,6 +335,7 @@ class PlacementShell:
                 self._state.ownership[name] = info.owned
                 if info.endpoint is not None:
                     self._endpoints[name] = info.endpoint
+                self._digests.add(name, _get(handle.digests.remote(), REPORT_TIMEOUT_S))
 
     def _find_or_create(self, device: DeviceConfig) -> ActorHandle:
         from raymoe.actors.worker import WorkerShell
@@ -379,19 +384,19 @@ class PlacementShell:
 
     def _load(self) -> None:
         everything = self._config.scheduling.policy == "all_resident"
-        loads: list[Any] = []
+        loads: dict[DeviceName, Any] = {}
         for name, handle in self._workers.items():
             here = set(self._infos[name].owned)
             missing: tuple[ExpertKey, ...] = tuple(key for key in self._state.ownership[name] if key not in here)
-            loads.append(handle.own.remote(missing, everything))
-        for reference in loads:
-            _get(reference, LOAD_TIMEOUT_S)
+            loads[name] = handle.own.remote(missing, everything, self._digests.of(missing))
+        for name, reference in loads.items():
+            self._digests.add(name, _get(reference, LOAD_TIMEOUT_S))
 
     def _kill_workers(self) -> None:
         for device in self._config.devices:
             with contextlib.suppress(ValueError):
                 ray.kill(ray.get_actor(worker_name(self._app, device.name), NAMESPACE), no_restart=True)
-        self._workers, self._infos, self._endpoints = {}, {}, {}
+        self._workers, self._infos, self._endpoints, self._digests = {}, {}, {}, DigestBook()
         if self._shadow is not None:
             self._shadow.end()
         if self._desk is not None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import ray
 import torch
 from ray.actor import ActorHandle
@@ -32,12 +31,14 @@ from raymoe.actors.placement import (
 from raymoe.actors.reports import device_stats, settings_stats
 from raymoe.actors.tracing import ClusterTrace
 from raymoe.checkpoint.checkpoint import Checkpoint
+from raymoe.checkpoint.fingerprint import fingerprint
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.service import ModelService
 from raymoe.errors import ExpertUnavailableError, RaymoeError, StartError
 from raymoe.experts.build import make_worker
+from raymoe.experts.host_memory import available_bytes
 from raymoe.experts.worker import ExpertWorker
 from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats, PredictorStats
 from raymoe.placement.assignment import Fleet
@@ -78,7 +79,10 @@ class Session:
         self._changing = threading.Lock()
         on_stage(f"opening {config.model.source}")
         self.checkpoint = open_checkpoint(
-            config.model.source, config.model.dtype, trust_remote_code=config.model.trust_remote_code
+            config.model.source,
+            config.model.dtype,
+            trust_remote_code=config.model.trust_remote_code,
+            map_weights=config.model.map_weights,
         )
         self._placement: ActorHandle | None = None
         self._lease: Lease | None = None
@@ -156,7 +160,7 @@ class Session:
         self._placement = find_or_create_placement(self.config, self.app, self.checkpoint, limits)
         holder = f"engine-{uuid.uuid4().hex}"
         self._lease = Lease(self.app, holder, tell=self._tell, on_restart=self._rejoin, on_life=self._follow_shadow)
-        reference: Any = self._placement.start.remote(memory, self._keys.public)
+        reference: Any = self._placement.start.remote(memory, self._keys.public, fingerprint(self.checkpoint))
         while not ray.wait([reference], timeout=PROGRESS_S)[0]:
             try:
                 done, wanted = ray.get(self._placement.progress.remote(), timeout=STATS_TIMEOUT_S)
@@ -387,7 +391,7 @@ def own_locally(checkpoint: Checkpoint, config: ClusterConfig, memory: dict[Devi
 
 def local_memory(devices: list[DeviceConfig]) -> dict[DeviceName, int]:
     """Host memory for devices of this process: as configured, else an equal part of what is free."""
-    share = int(HOST_SHARE * psutil.virtual_memory().available) // max(1, len(devices))
+    share = int(HOST_SHARE * available_bytes()) // max(1, len(devices))
     return {DeviceName(device.name): device.host_memory or share for device in devices}
 
 

@@ -205,7 +205,9 @@ def build_shadow_model(model: ModelConfig, config: PredictorConfig) -> ShadowMod
     device = torch_device(config.device, "predictor")
     torch.set_num_threads(config.threads or 1)
     dtype = "bfloat16" if config.bits == 16 else model.dtype
-    checkpoint = open_checkpoint(model.source, dtype, trust_remote_code=model.trust_remote_code)
+    checkpoint = open_checkpoint(
+        model.source, dtype, trust_remote_code=model.trust_remote_code, map_weights=model.map_weights
+    )
     thinning = Thinning(top_k=config.top_k, skipped=skipped_layers(config.skip_layers, len(checkpoint.layers)))
     depth = (RUN_AHEAD + 1) * (config.drafts + 1) if config.run_ahead else 0  # positions of the passes in its reach
     experts = QuantizedExperts(checkpoint, config.bits, device)
