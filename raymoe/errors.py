@@ -44,6 +44,14 @@ class ExpertUnavailableError(RaymoeError):
     """A worker did not answer an expert call in time, or answered with an error."""
 
 
+class NotFiniteError(RaymoeError):
+    """The model's output for a request is no number, so no token can be chosen. Other requests go on."""
+
+
+class ExpertOutputError(NotFiniteError):
+    """An expert's output was NaN or infinite; the message names layer, expert and device."""
+
+
 class EngineStoppedError(RaymoeError):
     """The engine stopped while the request was waiting or running."""
 

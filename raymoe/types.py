@@ -112,6 +112,16 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFault:
+    """An expert whose output was NaN or infinite, the device that owns it, and how many requests that has failed."""
+
+    layer: int
+    expert: int
+    device: DeviceName
+    requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRecipe:
     """All that the choice of tokens depends on, beside logits and tokens: who has the same recipe chooses alike."""
 

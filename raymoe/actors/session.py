@@ -40,6 +40,7 @@ from raymoe.errors import ExpertUnavailableError, RaymoeError, StartError
 from raymoe.experts.build import make_worker
 from raymoe.experts.host_memory import available_bytes
 from raymoe.experts.worker import ExpertWorker
+from raymoe.observe.metrics import requests_by_device
 from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats, PredictorStats
 from raymoe.placement.assignment import Fleet
 from raymoe.placement.ownership import Capacity, Ownership, check_fits, primary_owners
@@ -263,8 +264,10 @@ class Session:
                 report = worker.report(names=names)
                 devices[device.name] = device_stats(device, report, node="local", pid=os.getpid())
         substituted = self.service.substituted
+        bad_outputs = requests_by_device(self.service.report().faults)
         devices = {
-            name: replace(stats, substituted=substituted.get(DeviceName(name), 0)) for name, stats in devices.items()
+            name: replace(stats, substituted=substituted.get(DeviceName(name), 0), bad_outputs=bad_outputs[name])
+            for name, stats in devices.items()
         }
         return ClusterStats(
             app=self.app,

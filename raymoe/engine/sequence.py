@@ -8,7 +8,7 @@ from raymoe.engine.request import Chunk
 from raymoe.engine.sampling import Sampler
 from raymoe.engine.text import TextStream
 from raymoe.model.runner import SequenceState
-from raymoe.types import Routing
+from raymoe.types import ExpertFault, Routing
 
 RequestId = NewType("RequestId", int)
 
@@ -74,6 +74,7 @@ class EngineReport:
         admitted, queue_s: requests that were let in so far, and how long they had waited, all together.
         batch_rows, batch_tokens: that the last steps read on average, requests and their tokens.
         steps: passes of the model in decode, each of which makes one token, or several where drafts hold.
+        shrunk, not_finite: as in ``Totals``; faults: experts that are to blame for the latter.
         drafts: whether a shadow's guesses are read along: "on", or "off" and why.
     """
 
@@ -98,3 +99,6 @@ class EngineReport:
     queue_s: float = 0.0
     batch_rows: float = 0.0
     batch_tokens: float = 0.0
+    shrunk: int = 0
+    not_finite: int = 0
+    faults: tuple[ExpertFault, ...] = ()

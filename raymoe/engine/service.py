@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -55,7 +56,7 @@ from raymoe.model.sites import MoeSite, attach_sites
 from raymoe.model.trials import why_no_trials
 from raymoe.model.trunk import build_trunk, tokenizer_path
 from raymoe.observe.trace import MAIN, Recording, Tracer
-from raymoe.types import DeviceName
+from raymoe.types import DeviceName, ExpertKey
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ class ModelService:
             max_output_tokens=config.serving.max_output_tokens,
             drafting=drafting,
             kv=kv,
+            device_of=self._device_of,
         )
         self.live = LiveTrace(self._engine, experts, [module for _, module in experts_modules(model)])
         self.meter = LiveMeter(self.live)
@@ -264,6 +266,10 @@ class ModelService:
         if not embedded or "repetition_penalty" in raw:
             return self.defaults
         return replace(self.defaults, repetition_penalty=CHAT_REPETITION_PENALTY)
+
+    def _device_of(self, key: ExpertKey) -> DeviceName:
+        """The device that an expert is asked of."""
+        return next(iter(self.experts.dispatcher.by_owner(key.layer, np.array([key.expert]))))
 
     # --- looking ----------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from raymoe.config import ModelConfig, PredictorConfig
 from raymoe.engine.conductor import Conductor
 from raymoe.engine.sampling import Sampler
 from raymoe.engine.watch import ShadowWatch
-from raymoe.errors import FrameError, RequestError
+from raymoe.errors import FrameError, NotFiniteError, RequestError
 from raymoe.experts.build import torch_device
 from raymoe.experts.call import LoadOrder
 from raymoe.model.kv import KvEntries, unpack
@@ -155,7 +155,10 @@ class ShadowHost:
 
         def guess(step: int, logits_BV: torch.Tensor) -> Rows:
             tokens = [row[0] for row in self.shadow.tokens(news.sequence)]
-            token, _ = sampler.choose(logits_BV[0], prompt, tokens[len(prompt) :], news.first + step)
+            try:
+                token, _ = sampler.choose(logits_BV[0], prompt, tokens[len(prompt) :], news.first + step)
+            except NotFiniteError:  # the model tells whoever asked; a guess is worth nothing then
+                token = 0
             return (token,)
 
         return guess

@@ -11,6 +11,7 @@ class WorkerReport:
         resident_count: experts that need no load, or are on their way; ``resident`` names them as (layer, expert),
             where that was asked for.
         slot_count: slots; None where experts are computed in host memory.
+        shrunk: slots fewer than the budget gives, because the device had no memory for them.
         prefetches, prefetches_used, prefetches_wasted, prefetches_late, link_busy_s: as in ``Counters``.
     """
 
@@ -36,3 +37,4 @@ class WorkerReport:
     prefetches_used: int
     prefetches_wasted: int
     link_busy_s: float
+    shrunk: int = 0

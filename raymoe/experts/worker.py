@@ -499,6 +499,7 @@ class ExpertWorker:
             slot_count=sum(bay.pool.count for bay in self._bays) if self.has_slots else None,
             resident=tuple(sorted(layer_and_expert(identifier) for identifier in identifiers)),
             calls=self._calls,
+            shrunk=sum(bay.shrunk for bay in self._bays),
             **{name: sum(part[name] for part in parts) for name in parts[0]},
         )
 
