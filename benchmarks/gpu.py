@@ -35,6 +35,7 @@ from raymoe.kernels.gpu import GpuKernels, load_gpu
 from raymoe.model.captured import GraphRecorder
 from raymoe.model.gpu_blocks import use_gpu_kernels
 from raymoe.types import ExpertKey
+from raymoe.whole_file import write_whole
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of all experts, in slots
 GATE_RECALL, SHADOW_RECALL = 0.75, 0.98  # of gates one layer ahead, and of a 4-bit shadow: docs/benchmarks.md
@@ -73,7 +74,7 @@ class Report:
         """Write what is known so far."""
         self.found[name] = found
         if self._path is not None:
-            self._path.write_text(json.dumps(self.found, indent=2, default=str) + "\n")
+            write_whole(self._path, json.dumps(self.found, indent=2, default=str) + "\n")
 
 
 def main() -> int:

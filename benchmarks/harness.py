@@ -21,6 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from raymoe.whole_file import write_whole
+
 MOST_STOLEN = 0.05  # of a round: a shared host in calm minutes takes 0 to 4%, in others a third and more
 MOST_REPEATS = 3  # of a round: a host that is busy for longer than that stays so for the whole benchmark
 STEAL_COLUMN = 7  # of user, nice, system, idle, iowait, irq, softirq, steal, and guests, who are in the first two
@@ -191,4 +193,4 @@ def report(title: str, figures: list[Figure], settings: dict[str, Any], path: Pa
             "machine": machine(),
             "settings": settings | {"stolen_by_host": stolen},
         }
-        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        write_whole(path, json.dumps(content, indent=2, default=str) + "\n")

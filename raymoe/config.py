@@ -45,6 +45,11 @@ class ModelConfig(StrictModel):
         "Only for checkpoints whose authors you trust like those of the software itself; read the code before. No "
         "architecture that transformers knows by itself needs it.",
     )
+    map_weights: bool = Field(
+        False,
+        description="Map weights that are stored as they are served, so that processes on a node share their memory. "
+        "Only for files that nobody changes: a file that is truncated meanwhile ends whoever maps it.",
+    )
 
     @property
     def source(self) -> str:

@@ -56,6 +56,14 @@ class ExpertLostError(ExpertUnavailableError):
         self.devices = devices
 
 
+class NotFiniteError(RaymoeError):
+    """The model's output for a request is no number, so no token can be chosen. Other requests go on."""
+
+
+class ExpertOutputError(NotFiniteError):
+    """An expert's output was NaN or infinite; the message names layer, expert and device."""
+
+
 class EngineStoppedError(RaymoeError):
     """The engine stopped while the request was waiting or running."""
 

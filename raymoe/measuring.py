@@ -12,6 +12,7 @@ import typer
 
 from raymoe.errors import ConfigError
 from raymoe.observe import terminal
+from raymoe.whole_file import write_whole
 
 if TYPE_CHECKING:
     from raymoe.config import SchedulingConfig
@@ -117,7 +118,7 @@ def tune(
     terminal.show_tuned(tuned, decoded)
     if json_file is not None:
         facts = {"model": cluster.model.served_name, "tokens": decoded, **asdict(tuned)}
-        json_file.write_text(json.dumps(facts, indent=2) + "\n")
+        write_whole(json_file, json.dumps(facts, indent=2) + "\n")
     typer.echo(conclusion(tuned, cluster.scheduling))
     if tuned.alpha is None:
         raise typer.Exit(1)

@@ -10,6 +10,7 @@ import typer
 from raymoe.errors import ConfigError
 from raymoe.measuring import MeasuredText
 from raymoe.observe import terminal
+from raymoe.whole_file import write_whole
 
 if TYPE_CHECKING:
     from raymoe.engine.evaluate import Recall
@@ -81,7 +82,7 @@ def evaluate(
     terminal.show_recall(facts, kind)
     if json_file is not None:
         described = config.model_dump(mode="json") | {"ahead": ahead, "model": source.served_name}
-        json_file.write_text(json.dumps(without_nan(described | facts), indent=2) + "\n")
+        write_whole(json_file, json.dumps(without_nan(described | facts), indent=2) + "\n")
 
 
 def measure(

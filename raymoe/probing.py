@@ -18,6 +18,7 @@ import yaml
 
 from raymoe.errors import ConfigError, StartError
 from raymoe.observe import terminal
+from raymoe.whole_file import write_whole
 
 ROUNDS = 5
 ARRAY_BYTES = 256 * 2**20  # far beyond any cache
@@ -62,7 +63,7 @@ def probe(
     with terminal.Progress() as progress:
         found = measure(name, there, progress.stage)
     if output is not None:
-        output.write_text(yaml.safe_dump(found, sort_keys=False))
+        write_whole(output, yaml.safe_dump(found, sort_keys=False))
     typer.echo(json.dumps(found, indent=2) if as_json else yaml.safe_dump(found, sort_keys=False).rstrip())
     if peer is None:
         typer.echo("network: of the loopback only; use --peer for that between machines", err=True)

@@ -12,6 +12,7 @@ from rich.console import Console
 from raymoe.errors import ConfigError, StartError
 from raymoe.observe import terminal
 from raymoe.observe.trace import MAIN, Recording, Span, aligned, busy_s
+from raymoe.whole_file import write_whole
 
 if TYPE_CHECKING:
     from raymoe.config import ClusterConfig
@@ -46,7 +47,7 @@ def trace(
 
         about = {"config": config.name, "model": cluster.model.served_name, "policy": cluster.scheduling.policy}
         written = chrome_trace(recordings, about)
-        output.write_text(json.dumps(written) + "\n")
+        write_whole(output, json.dumps(written) + "\n")
     typer.echo(f"wrote {output}: {len(written['traceEvents']):,} events of {len(recordings)} processes")
     if png is not None:
         from raymoe.observe.diagram import draw

@@ -18,6 +18,10 @@ class ExpertKey:
     expert: int
 
 
+ExpertDigests = dict[ExpertKey, tuple[int, ...]]
+"""Digests of the tensors, or rows of them, that experts are made of in a checkpoint."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class StepId:
     """One forward of the trunk.
@@ -107,6 +111,16 @@ class Routing:
 
     def __add__(self, other: "Routing") -> "Routing":
         return Routing(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFault:
+    """An expert whose output was NaN or infinite, the device that owns it, and how many requests that has failed."""
+
+    layer: int
+    expert: int
+    device: DeviceName
+    requests: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from raymoe.actors.nodes import is_offered, wishes
 from raymoe.actors.options import on_device
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
 from raymoe.errors import RaymoeError, StartError
+from raymoe.placement.digest_book import DigestBook, check_same_weights
 from raymoe.placement.ownership import Capacity, Ownership
 from raymoe.types import DeviceName, ExpertKey, LayerSize
 
@@ -41,6 +42,7 @@ class Crew:
         handles, infos, endpoints: of the workers that are known.
         limits: most bytes of host memory that each one's shard may take.
         scheduling: the settings in force.
+        weights: fingerprint of the checkpoint that an engine serves; None before one has said it.
     """
 
     def __init__(self, app: str, config: ClusterConfig, sizes: tuple[LayerSize, ...], limits: "Limits") -> None:
@@ -49,6 +51,8 @@ class Crew:
         self.endpoints: dict[DeviceName, Endpoint] = {}
         self.limits: dict[DeviceName, int] = {}
         self.scheduling = config.scheduling
+        self.weights: str | None = None
+        self._digests = DigestBook()
         self._app = app
         self._config = config
         self._sizes = sizes
@@ -73,6 +77,8 @@ class Crew:
             self.arrived(name, info)
             if info.endpoint is not None:
                 self.endpoints[name] = info.endpoint
+        for name, digests in self.ask("digests", names=found).items():
+            self._digests.add(name, digests)
 
     def start(self) -> None:
         """Find or create the workers, and wait for them. Those of optional devices only where a node offers one.
@@ -121,13 +127,13 @@ class Crew:
 
     def load(self, ownership: Ownership) -> None:
         """Let each worker read what it lacks of its shard, and wait for all. Raises what a worker fails with."""
-        loads: list[Any] = []
+        loads = {}
         for name, info in self.infos.items():
             here = set(info.owned)
-            missing: tuple[ExpertKey, ...] = tuple(key for key in ownership[name] if key not in here)
-            loads.append(self.handles[name].own.remote(missing, self._loads_all))
-        for reference in loads:
-            unwrapped(reference, LOAD_TIMEOUT_S)
+            missing = tuple(key for key in ownership[name] if key not in here)
+            loads[name] = self._own(name, missing, self._loads_all)
+        for name, reference in loads.items():
+            self._digests.add(name, unwrapped(reference, LOAD_TIMEOUT_S))
 
     def read(self, name: DeviceName, keys: tuple[ExpertKey, ...], *, fresh: bool) -> None:
         """Let one worker read experts, and wait for it. Raises what it fails with.
@@ -135,7 +141,13 @@ class Crew:
         Args:
             fresh: whether it holds nothing yet; its slots are then cut for these, and filled where the policy says so.
         """
-        unwrapped(self.handles[name].own.remote(keys, fresh and self._loads_all), LOAD_TIMEOUT_S)
+        self._digests.add(name, unwrapped(self._own(name, keys, fresh and self._loads_all), LOAD_TIMEOUT_S))
+
+    def _own(self, name: DeviceName, keys: tuple[ExpertKey, ...], load_all: bool) -> Any:
+        info = self.infos[name]
+        if self.weights is not None:
+            check_same_weights(self.weights, [(name, info.address, info.fingerprint)])
+        return self.handles[name].own.remote(keys, load_all, self._digests.of(keys))
 
     def give_up(self, name: DeviceName, keys: tuple[ExpertKey, ...]) -> None:
         """Let one worker give experts up."""
@@ -193,6 +205,7 @@ class Crew:
             with contextlib.suppress(ValueError):
                 ray.kill(ray.get_actor(worker_name(self._app, device.name), NAMESPACE), no_restart=True)
         self.handles, self.infos, self.endpoints, self.limits = {}, {}, {}, {}
+        self._digests = DigestBook()
 
     @property
     def _loads_all(self) -> bool:

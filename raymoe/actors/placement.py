@@ -144,7 +144,7 @@ class PlacementShell:
         """``holder`` is leaving; the last one ends the cluster (the watch does, so that this call returns)."""
         self._holders.release(holder)
 
-    def start(self, local: dict[DeviceName, int], client_key: bytes, holder: str) -> ClusterView:
+    def start(self, local: dict[DeviceName, int], client_key: bytes, holder: str, weights: str) -> ClusterView:
         """Start or find the workers, hand out experts, admit a client. Safe to call again.
 
         Where the workers run already, those that are down are not waited for where others can hold what they held.
@@ -153,10 +153,12 @@ class PlacementShell:
             local: host memory in bytes of devices that live in the engine's process.
             client_key: CURVE public key of the engine.
             holder: the engine, as it calls itself when it renews its hold.
+            weights: fingerprint of the checkpoint that it serves.
 
         Raises StartError, CapacityError or CheckpointError; workers that this call started are ended then.
         """
         with self._start_lock:
+            self._crew.weights = weights
             with self._members.lock:
                 self._members.roster.join(holder)
                 runs = self._repairs.has_started or bool(self._members.serving())

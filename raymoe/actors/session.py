@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import ray
 import torch
 from ray.actor import ActorHandle
@@ -27,13 +26,16 @@ from raymoe.actors.shares import bounded_devices, cluster_fleet, hand_out, sprea
 from raymoe.actors.tracing import ClusterTrace
 from raymoe.actors.views import ClusterView
 from raymoe.checkpoint.checkpoint import Checkpoint
+from raymoe.checkpoint.fingerprint import fingerprint
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.service import ModelService
 from raymoe.errors import ExpertUnavailableError, RaymoeError, StartError
 from raymoe.experts.build import make_worker
+from raymoe.experts.host_memory import available_bytes
 from raymoe.experts.worker import ExpertWorker
+from raymoe.observe.metrics import requests_by_device
 from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats, PredictorStats
 from raymoe.placement.assignment import Fleet
 from raymoe.placement.ownership import Capacity, Ownership, check_fits, primary_owners
@@ -73,7 +75,10 @@ class Session:
         self._changing = threading.Lock()
         on_stage(f"opening {config.model.source}")
         self.checkpoint = open_checkpoint(
-            config.model.source, config.model.dtype, trust_remote_code=config.model.trust_remote_code
+            config.model.source,
+            config.model.dtype,
+            trust_remote_code=config.model.trust_remote_code,
+            map_weights=config.model.map_weights,
         )
         self._placement: ActorHandle | None = None
         self._lease: Lease | None = None
@@ -163,7 +168,8 @@ class Session:
             on_restart=self._rejoin,
             on_life=self._on_life,
         )
-        reference: Any = self._placement.start.remote(memory, self._keys.public, self._holder)
+        weights = fingerprint(self.checkpoint)
+        reference: Any = self._placement.start.remote(memory, self._keys.public, self._holder, weights)
         while not ray.wait([reference], timeout=PROGRESS_S)[0]:
             try:
                 done, wanted = ray.get(self._placement.progress.remote(), timeout=STATS_TIMEOUT_S)
@@ -291,8 +297,10 @@ class Session:
                 report = worker.report(names=names)
                 devices[device.name] = device_stats(device, report, node="local", pid=os.getpid())
         substituted = self.service.substituted
+        bad_outputs = requests_by_device(self.service.report().faults)
         devices = {
-            name: replace(stats, substituted=substituted.get(DeviceName(name), 0)) for name, stats in devices.items()
+            name: replace(stats, substituted=substituted.get(DeviceName(name), 0), bad_outputs=bad_outputs[name])
+            for name, stats in devices.items()
         }
         return ClusterStats(
             app=self.app,
@@ -422,7 +430,7 @@ def own_locally(checkpoint: Checkpoint, config: ClusterConfig, memory: dict[Devi
 
 def local_memory(devices: list[DeviceConfig]) -> dict[DeviceName, int]:
     """Host memory for devices of this process: as configured, else an equal part of what is free."""
-    share = int(HOST_SHARE * psutil.virtual_memory().available) // max(1, len(devices))
+    share = int(HOST_SHARE * available_bytes()) // max(1, len(devices))
     return {DeviceName(device.name): device.host_memory or share for device in devices}
 
 

@@ -5,7 +5,6 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import ray
 import torch
 
@@ -17,7 +16,7 @@ from raymoe.observe.ray_metrics import Publisher, RayExporter
 from raymoe.observe.trace import Recording
 from raymoe.transport.frames import Limits
 from raymoe.transport.sockets import Endpoint
-from raymoe.types import ExpertKey
+from raymoe.types import ExpertDigests, ExpertKey
 
 if TYPE_CHECKING:
     from raymoe.experts.usage import ResidencyMap
@@ -33,6 +32,7 @@ class WorkerInfo:
         incarnation: names this process; another one has another.
         owned: its shard, empty for a fresh one.
         resident: ids of the experts in its slots; empty where it has none.
+        fingerprint: of the weights that it has open.
     """
 
     incarnation: str
@@ -44,6 +44,7 @@ class WorkerInfo:
     resident: tuple[int, ...]
     endpoint: Endpoint | None
     scheduling: SchedulingConfig
+    fingerprint: str
 
 
 class WorkerShell:
@@ -53,6 +54,7 @@ class WorkerShell:
         self, app: str, model: dict[str, Any], device: dict[str, Any], limits: Limits, scheduling: dict[str, Any]
     ) -> None:
         # here and not above: transformers takes seconds to import, and the placement actor needs only the class
+        from raymoe.checkpoint.fingerprint import fingerprint
         from raymoe.checkpoint.opening import open_checkpoint
         from raymoe.experts.build import default_threads, make_worker
 
@@ -61,8 +63,12 @@ class WorkerShell:
         self._limits = limits
         torch.set_num_threads(self._device.threads or default_threads(self._device))
         self._checkpoint = open_checkpoint(
-            settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code
+            settings.source,
+            settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            map_weights=settings.map_weights,
         )
+        self._fingerprint = fingerprint(self._checkpoint)
         self._scheduling = SchedulingConfig.model_validate(scheduling)
         self._worker = make_worker(self._checkpoint, self._device, self._scheduling)
         self._incarnation = uuid.uuid4().hex
@@ -72,6 +78,7 @@ class WorkerShell:
     def describe(self) -> WorkerInfo:
         """Node, address, free memory, shard, residency, endpoint and settings."""
         from raymoe.experts.call import expert_id
+        from raymoe.experts.host_memory import available_bytes
 
         resident = self._worker.report().resident if self._worker.has_slots else ()
         return WorkerInfo(
@@ -79,19 +86,32 @@ class WorkerShell:
             node=ray.get_runtime_context().get_node_id(),
             address=ray.util.get_node_ip_address(),
             pid=os.getpid(),
-            free_host_bytes=psutil.virtual_memory().available,
+            free_host_bytes=available_bytes(),
             owned=self._worker.owned,
             resident=tuple(expert_id(layer, expert) for layer, expert in resident),
             endpoint=self._server.endpoint if self._server else None,
             scheduling=self._scheduling,
+            fingerprint=self._fingerprint,
         )
 
-    def own(self, keys: tuple[ExpertKey, ...], load_all: bool) -> int:
-        """Read experts into host memory, and with ``load_all`` into slots. Returns the bytes held."""
+    def own(self, keys: tuple[ExpertKey, ...], load_all: bool, known: ExpertDigests | None = None) -> ExpertDigests:
+        """Read experts into host memory, and with ``load_all`` into slots. Returns the digests of what was read.
+
+        Args:
+            known: of those that other workers have read.
+
+        Raises CheckpointError where an expert can't be read or is not what others have read, and CapacityError where
+        memory is short; what was read before is owned.
+        """
+        self._checkpoint.expect_experts(known or {})
         self._worker.own(keys)
         if load_all:
             self._worker.load_all()
-        return self._worker.store.nbytes
+        return self._checkpoint.expert_digests(keys)
+
+    def digests(self) -> ExpertDigests:
+        """Of all experts in its shard, as they were read."""
+        return self._checkpoint.expert_digests(self._worker.owned)
 
     def disown(self, keys: tuple[ExpertKey, ...]) -> None:
         """Give experts up, and their memory."""

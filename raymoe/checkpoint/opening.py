@@ -27,8 +27,14 @@ TOP_K_FIELDS = (
 )
 
 
-def open_checkpoint(source: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False, map_weights: bool = False
+) -> Checkpoint:
     """Open a local Hugging Face MoE directory, or a hub id where the network allows.
+
+    Args:
+        map_weights: what is stored as it is served is mapped, so that processes on a node share its pages. Only for
+            files that nobody changes meanwhile.
 
     Raises CheckpointError that says what was found, what was expected and what to do.
     """
@@ -49,6 +55,7 @@ def open_checkpoint(source: str | Path, dtype: str = "auto", *, trust_remote_cod
         files=files,
         layers=layers,
         trunk_tensors=trunk,
+        maps_weights=map_weights,
     )
 
 

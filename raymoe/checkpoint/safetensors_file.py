@@ -4,6 +4,9 @@ Opening costs the header. A read takes exactly the tensor's (or the rows') bytes
 them without a copy and shares the pages with every process on the node. The safetensors library hides the
 byte offsets that row reads, exact accounting and shared mappings need, so the (tiny) header is parsed here;
 the library still writes our files.
+
+A file that is replaced goes on being read as it was, through its open descriptor. One that is changed in place, or
+can't be read any more, is noticed (``has_changed``, errors of ``read``), and opened again when it has come back.
 """
 
 import json
@@ -62,6 +65,7 @@ class SafetensorsFile:
             raise CheckpointError(f"can't open {path}: {error.strerror}") from error
         try:
             self.tensors = parse_header(path, self._fd)
+            self._stamp = _stamp(self._fd)
         except BaseException:
             self.close()
             raise
@@ -72,33 +76,68 @@ class SafetensorsFile:
             os.close(self._fd)
             self._fd = -1
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether somebody wrote to the file since it was opened, as its size and time say."""
+        return _stamp(self._fd) != self._stamp
+
+    def reopen(self) -> None:
+        """Read from what lies at the path now; it counts as changed from then on.
+
+        Raises CheckpointError where that can't be opened or is another file by its header; nothing has changed then.
+        """
+        if self._fd < 0:
+            raise CheckpointError(f"{self.path} was closed")
+        try:
+            fd = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"can't open {self.path}: {error.strerror}") from error
+        try:
+            if parse_header(self.path, fd) != self.tensors:
+                raise CheckpointError(f"{self.path} was replaced by a file with other tensors")
+            os.dup2(fd, self._fd, inheritable=False)  # at once: other threads may be reading
+        finally:
+            os.close(fd)
+
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
-        """Read one tensor, or its ``row`` along the first dimension (kept, as size 1), into fresh memory."""
+        """Read one tensor, or its ``row`` along the first dimension (kept, as size 1), into fresh memory.
+
+        Raises CheckpointError where the file can't be read, or ends before.
+        """
         shape, start, nbytes = self._range(name, row)
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         target = buffer.numpy().data
         done = 0
         while done < nbytes:
-            got = os.preadv(self._fd, [target[done:]], start + done)
-            if got == 0:
+            try:
+                got = os.preadv(self._fd, [target[done:]], start + done)
+            except OSError as error:
                 raise CheckpointError(
-                    f"{self.path} is truncated: {name} ends at byte {start + nbytes:,}, the file ends before; "
-                    "download or copy it again"
-                )
+                    f"can't read {name} from {self.path}: {error.strerror}; check the disk or the mount"
+                ) from error
+            if got == 0:
+                raise self._truncated(name, start + nbytes)
             done += got
         self.bytes_read += nbytes
         return buffer.view(self.tensors[name].dtype).view(shape)
 
     def view(self, name: str, row: int | None = None) -> torch.Tensor:
-        """Map one tensor, or one row of it, without reading it now. The result must not be written to."""
+        """Map one tensor, or one row of it, without reading it now. The result must not be written to.
+
+        Who touches it when the file has been truncated since is ended by the system (SIGBUS).
+
+        Raises CheckpointError where the file ends before already.
+        """
         shape, start, nbytes = self._range(name, row)
         info = self.tensors[name]
         if nbytes == 0 or start % info.dtype.itemsize:
             return self.read(name, row)
+        if os.fstat(self._fd).st_size < start + nbytes:
+            raise self._truncated(name, start + nbytes)
         with self._mapping_lock:  # transformers loads with several threads, and a second mapping would be read anew
             if self._mapping is None:
                 # copy-on-write access only because torch warns about read-only buffers; pages stay shared
@@ -106,12 +145,24 @@ class SafetensorsFile:
         count = nbytes // info.dtype.itemsize
         return torch.frombuffer(self._mapping, dtype=info.dtype, count=count, offset=start).view(shape)
 
+    def _truncated(self, name: str, end: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} is truncated: {name} ends at byte {end:,}, the file has {os.fstat(self._fd).st_size:,}; "
+            "download or copy it again"
+        )
+
     def _range(self, name: str, row: int | None) -> tuple[tuple[int, ...], int, int]:
         info = self.tensors[name]
         if row is None:
             return info.shape, info.start, info.nbytes
         row_bytes = info.nbytes // info.shape[0]
         return (1, *info.shape[1:]), info.start + row * row_bytes, row_bytes
+
+
+def _stamp(fd: int) -> tuple[int, int]:
+    """A file's size and the time of its last change."""
+    found = os.fstat(fd)
+    return found.st_size, found.st_mtime_ns
 
 
 def parse_header(path: Path, fd: int) -> dict[str, TensorInfo]:

@@ -21,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from raymoe.checkpoint.opening import INDEX_FILE, SINGLE_FILE, build_skeleton, find_class
 from raymoe.checkpoint.safetensors_file import DTYPES
 from raymoe.errors import CheckpointError
+from raymoe.whole_file import whole, write_whole
 
 SHARD_BYTES = 256_000_000  # small enough that a 1 GB checkpoint has several, as published ones do
 HEADER_ALIGNMENT = 64  # so that every tensor of even size can be mapped
@@ -146,7 +147,7 @@ def write_synthetic(
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         index_data = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / INDEX_FILE).write_text(json.dumps(index_data, indent=2) + "\n")
+        write_whole(path / INDEX_FILE, json.dumps(index_data, indent=2) + "\n")
     write_configs(path, config, dtype)
     report("done", total, total)
     proportions = PROPORTIONS[like]
@@ -287,7 +288,7 @@ def write_shard(file: Path, tensors: list[TensorPlan], seed: int, dtype: torch.d
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
-    with file.open("wb") as stream:
+    with whole(file) as unfinished, unfinished.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for tensor in tensors:
@@ -313,8 +314,8 @@ def write_configs(path: Path, config: PreTrainedConfig, dtype: str) -> None:
     """config.json and generation_config.json; written last, so that a broken attempt is no checkpoint."""
     named = {"architectures": [find_class(path, config, trust_remote_code=False).__name__], "dtype": dtype}
     generation = {"do_sample": False, "eos_token_id": None}
-    (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    (path / "config.json").write_text(json.dumps({**config.to_dict(), **named}, indent=2, sort_keys=True) + "\n")
+    write_whole(path / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    write_whole(path / "config.json", json.dumps({**config.to_dict(), **named}, indent=2, sort_keys=True) + "\n")
 
 
 def _multiple_of_8(value: float) -> int:

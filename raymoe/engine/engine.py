@@ -19,6 +19,7 @@ import torch
 from raymoe.config import SchedulingConfig, TrunkConfig
 from raymoe.engine.admission import Roster
 from raymoe.engine.answers import Answers, tell
+from raymoe.engine.blame import Blame
 from raymoe.engine.drafting import Drafting
 from raymoe.engine.intake import Intake
 from raymoe.engine.parking import Owners, Parking
@@ -28,8 +29,9 @@ from raymoe.engine.request import SamplingParams
 from raymoe.engine.sampling import SamplingDefaults
 from raymoe.engine.scheduler_protocol import RowScheduler, Scheduler
 from raymoe.engine.sequence import EngineReport, OnChunk, RequestId, Sequence
+from raymoe.engine.shortage import Shortage
 from raymoe.engine.text import Decoder
-from raymoe.engine.together import LONE_TOKENS, Part, read_together
+from raymoe.engine.together import LONE_TOKENS, Done, Part, read_together
 from raymoe.engine.totals import Totals
 from raymoe.errors import EngineStoppedError, ExpertLostError, RaymoeError, RequestError
 from raymoe.model.blocks import MOST_ROWS
@@ -38,7 +40,7 @@ from raymoe.model.runner import Runner
 from raymoe.model.trials import make_cuttable
 from raymoe.observe.sink import Silent, Sink
 from raymoe.placement.alpha import AlphaControl
-from raymoe.types import Routing
+from raymoe.types import DeviceName, ExpertKey, Routing
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Engine:
         drafting: says which guesses of a shadow are read along; None: none are.
         kv: memory of one sequence's cache; omitted: it is not counted.
         owners: knows when experts that nobody could be asked for are back; None: requests that need such ones fail.
+        device_of: whose an expert is, to say who is to blame for an output that is no number; omitted: nobody is.
         clock: seconds, by which requests wait.
 
     Attributes:
@@ -79,6 +82,7 @@ class Engine:
         drafting: Drafting | None = None,
         kv: KvSize | None = None,
         owners: Owners | None = None,
+        device_of: Callable[[ExpertKey], DeviceName] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -104,6 +108,8 @@ class Engine:
         self._stopping = False
         self._failure: BaseException | None = None
         self._totals = Totals()
+        self._blame = Blame(runner, self._totals, device_of)
+        self._shortage = Shortage(runner, self._roster, self._totals)
         self._piece_size = PieceSize(config.prefill_chunk)
         self._answers = Answers(self._totals, self._end, lambda request: self.sink.token(request))
         self._control: AlphaControl | None = None
@@ -198,6 +204,9 @@ class Engine:
                 queue_s=totals.queue_s,
                 batch_rows=batch_rows,
                 batch_tokens=batch_tokens,
+                shrunk=totals.shrunk,
+                not_finite=totals.not_finite,
+                faults=totals.faults_by_expert(),
             )
 
     def _check_alive(self) -> None:
@@ -301,14 +310,21 @@ class Engine:
     def _advance(self, sequence: Sequence) -> None:
         """One pass of a request, and the tokens that it makes."""
         self.experts.alpha = self._alpha_of(sequence)
-        self._guarded(sequence, partial(self._pass, sequence))
+        work, forget = partial(self._pass, sequence), partial(self._forget_cache, sequence)
+        self._guarded(sequence, partial(self._shortage.twice, work, forget))
+
+    def _forget_cache(self, sequence: Sequence) -> None:
+        """A pass has failed: what it has put into the cache is not to be relied upon."""
+        self.experts.take_cost()
+        sequence.state, sequence.cached = None, 0
 
     def _guarded(self, sequence: Sequence, work: Callable[[], object]) -> bool:
         """Do something for a request, and return whether it went well; an error ends this request only."""
         try:
             work()
         except Exception as error:  # one request's failure must not take the others down
-            self._lose(sequence, error)
+            self.experts.alpha = self._alpha_of(sequence)
+            self._lose(sequence, self._blame.explained(sequence, error))
             return False
         return True
 
@@ -348,10 +364,8 @@ class Engine:
 
     def _advance_together(self, parts: list[Part], experts: RowScheduler) -> None:
         """One step of several requests. Where it fails each goes on alone, so that errors end whom they concern."""
-        try:
-            done = read_together(self._runner, experts, parts)
-        except Exception as error:
-            self._lose_step(parts, error)
+        done = self._read_together(parts, experts)
+        if done is None:
             return
         decoding = [part.sequence for part in parts if part.decodes]
         if decoding:
@@ -369,6 +383,18 @@ class Engine:
                         self._totals.prompt_read(sequence)
                     self._guarded(sequence, partial(self._answers.choose, sequence, read.logits_V.unsqueeze(0), []))
 
+    def _read_together(self, parts: list[Part], experts: RowScheduler) -> Done | None:
+        """None where that failed; everybody has gone on alone then."""
+        read: list[Done] = []
+        try:
+            lasts = self._shortage.lasts_for(lambda: read.append(read_together(self._runner, experts, parts)))
+        except Exception as error:
+            self._lose_step(parts, error)
+            return None
+        if not lasts:
+            self._read_anew(parts)
+        return read[0] if lasts else None
+
     def _lose_step(self, parts: list[Part], error: Exception) -> None:
         if len(parts) == 1:
             self._lose(parts[0].sequence, error)
@@ -377,9 +403,13 @@ class Engine:
         if not isinstance(error, RaymoeError):  # not a worker's or a request's fault: it would again
             self._runner.joins = self._runner.mixes = False
             log.warning("requests have steps of their own from now on")
-        self.experts.take_cost()
+        self._read_anew(parts)
+
+    def _read_anew(self, parts: list[Part]) -> None:
+        """A step is lost, and the caches of whoever took part: each goes on alone."""
         for part in parts:
-            part.sequence.state, part.sequence.cached = None, 0
+            self._forget_cache(part.sequence)
+        for part in parts:
             self._advance(part.sequence)
 
     def _read_prompt(self, sequence: Sequence) -> None:

@@ -6,8 +6,6 @@ for. It is refused for any others: experts of two fine-tunes of one model need n
 E experts of a layer.
 """
 
-import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from raymoe.checkpoint.fingerprint import fingerprint
 from raymoe.config import SchedulingConfig, SimilarityMeasure
 from raymoe.errors import ConfigError
 from raymoe.placement.similarity import MatrixSimilarity, Similarity
+from raymoe.whole_file import write_whole
 
 FORMAT = "raymoe-profile-1"
 SHORT = 12  # characters of a fingerprint that a message shows
@@ -206,12 +205,4 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Write a safetensors file and put it in its place by renaming. Raises ConfigError where that can't be done."""
-    content = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata)
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise ConfigError(f"can't write {path}: {error.strerror or error}") from error
+    write_whole(path, save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))

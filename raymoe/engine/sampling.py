@@ -3,6 +3,7 @@
 V vocabulary.
 """
 
+import math
 import secrets
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,10 +21,12 @@ from transformers import (
 from raymoe.engine.constraints import Constraints, check_range
 from raymoe.engine.grammar import Grammars
 from raymoe.engine.request import SamplingParams, TokenLogprob
+from raymoe.errors import NotFiniteError
 from raymoe.types import SamplingRecipe
 
 MASK = (1 << 64) - 1
 LEAST_LOGPROB = -9999.0  # OpenAI's; JSON has no infinity, which a model may give tokens that it never uses
+NOT_FINITE = "the model's output is not finite (NaN or infinity)"
 NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -123,6 +126,8 @@ class Sampler:
 
         Args:
             number: of the choice, from 0; omitted: one more than that of the last.
+
+        Raises NotFiniteError where the logits are no numbers.
         """
         number = self._choices if number is None else number
         self._choices = number + 1
@@ -135,10 +140,13 @@ class Sampler:
             scores_1V -= self._frequency * counts_V + self._presence * (counts_V > 0)
         choices_1V = self._constraints.apply(scores_1V, answer)
         if self._greedy:
+            weights_1V = choices_1V
             token = int(choices_1V.argmax())
         else:
-            probabilities = torch.softmax(self._warpers(_ids(prompt, answer), choices_1V), dim=-1)
-            token = self._draw(probabilities[0], number)
+            weights_1V = torch.softmax(self._warpers(_ids(prompt, answer), choices_1V), dim=-1)
+            token = self._draw(weights_1V[0], number)
+        if not math.isfinite(weights_1V[0, token]):  # one NaN is chosen first, and makes all probabilities NaN
+            check_finite(logits_V)
         return token, None if self._logprobs is None else logprob_of(scores_1V[0], token, self._logprobs)
 
     def _draw(self, probabilities_V: torch.Tensor, number: int) -> int:
@@ -146,6 +154,12 @@ class Sampler:
         self._generator.manual_seed(mixed(self.recipe.seed, number))
         noise_V = torch.empty_like(probabilities_V).exponential_(generator=self._generator)
         return int((probabilities_V / noise_V).argmax())
+
+
+def check_finite(logits_V: torch.Tensor) -> None:
+    """Raise NotFiniteError for logits that are NaN or infinite; some models never use tokens of minus infinity."""
+    if not math.isfinite(logits_V.max()):
+        raise NotFiniteError(NOT_FINITE)
 
 
 def mixed(seed: int, number: int) -> int:

@@ -8,7 +8,7 @@ from raymoe.engine.request import Chunk
 from raymoe.engine.sampling import Sampler
 from raymoe.engine.text import TextStream
 from raymoe.model.runner import SequenceState
-from raymoe.types import Routing
+from raymoe.types import ExpertFault, Routing
 
 RequestId = NewType("RequestId", int)
 
@@ -80,6 +80,7 @@ class EngineReport:
         rerouted: calls that were handed out again, since a worker was silent or could not do them.
         late_answers: that were dropped, since another owner had answered, or the request had ended.
         suspects: remote workers that are silent now.
+        shrunk, not_finite: as in ``Totals``; faults: experts that are to blame for the latter.
         drafts: whether a shadow's guesses are read along: "on", or "off" and why.
     """
 
@@ -108,3 +109,6 @@ class EngineReport:
     rerouted: int = 0
     late_answers: int = 0
     suspects: tuple[str, ...] = ()
+    shrunk: int = 0
+    not_finite: int = 0
+    faults: tuple[ExpertFault, ...] = ()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -154,6 +155,7 @@ class ModelService:
             drafting=drafting,
             kv=kv,
             owners=experts,
+            device_of=self._device_of,
         )
         self.live = LiveTrace(self._engine, experts, [module for _, module in experts_modules(model)])
         self.meter = LiveMeter(self.live)
@@ -271,6 +273,10 @@ class ModelService:
         if not embedded or "repetition_penalty" in raw:
             return self.defaults
         return replace(self.defaults, repetition_penalty=CHAT_REPETITION_PENALTY)
+
+    def _device_of(self, key: ExpertKey) -> DeviceName:
+        """The device that an expert is asked of."""
+        return next(iter(self.experts.dispatcher.by_owner(key.layer, np.array([key.expert]))))
 
     # --- looking ----------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from raymoe.config import ModelConfig, PredictorConfig
 from raymoe.engine.conductor import Conductor
 from raymoe.engine.sampling import Sampler
 from raymoe.engine.watch import ShadowWatch
-from raymoe.errors import FrameError, RequestError
+from raymoe.errors import FrameError, NotFiniteError, RequestError
 from raymoe.experts.build import torch_device
 from raymoe.experts.call import LoadOrder
 from raymoe.model.kv import KvEntries, unpack
@@ -155,7 +155,10 @@ class ShadowHost:
 
         def guess(step: int, logits_BV: torch.Tensor) -> Rows:
             tokens = [row[0] for row in self.shadow.tokens(news.sequence)]
-            token, _ = sampler.choose(logits_BV[0], prompt, tokens[len(prompt) :], news.first + step)
+            try:
+                token, _ = sampler.choose(logits_BV[0], prompt, tokens[len(prompt) :], news.first + step)
+            except NotFiniteError:  # the model tells whoever asked; a guess is worth nothing then
+                token = 0
             return (token,)
 
         return guess
@@ -205,7 +208,9 @@ def build_shadow_model(model: ModelConfig, config: PredictorConfig) -> ShadowMod
     device = torch_device(config.device, "predictor")
     torch.set_num_threads(config.threads or 1)
     dtype = "bfloat16" if config.bits == 16 else model.dtype
-    checkpoint = open_checkpoint(model.source, dtype, trust_remote_code=model.trust_remote_code)
+    checkpoint = open_checkpoint(
+        model.source, dtype, trust_remote_code=model.trust_remote_code, map_weights=model.map_weights
+    )
     thinning = Thinning(top_k=config.top_k, skipped=skipped_layers(config.skip_layers, len(checkpoint.layers)))
     depth = (RUN_AHEAD + 1) * (config.drafts + 1) if config.run_ahead else 0  # positions of the passes in its reach
     experts = QuantizedExperts(checkpoint, config.bits, device)

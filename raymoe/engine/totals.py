@@ -1,10 +1,10 @@
 """What an engine counts."""
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from raymoe.engine.sequence import Sequence
-from raymoe.types import Routing
+from raymoe.types import DeviceName, ExpertFault, ExpertKey, Routing
 
 LAST_STEPS = 64  # over which the size of batches is averaged: less than a second of most models
 
@@ -17,6 +17,9 @@ class Totals:
         prompt, cached: tokens of prompts, and those of them that needed no reading.
         queue_s: that admitted requests had waited, all together.
         routing: what expert calls cost.
+        shrunk: times that kept caches went for want of device memory.
+        not_finite: requests that failed because the model's output was no number; ``faults`` those of them that an
+            expert is to blame for.
     """
 
     finished: int = 0
@@ -28,6 +31,9 @@ class Totals:
     decode_s: float = 0.0
     queue_s: float = 0.0
     steps: int = 0
+    shrunk: int = 0
+    not_finite: int = 0
+    faults: Counter[tuple[ExpertKey, DeviceName]] = field(default_factory=Counter)
     routing: Routing = field(default_factory=Routing)
     _last: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=LAST_STEPS))
 
@@ -45,6 +51,13 @@ class Totals:
     def step(self, rows: int, tokens: int) -> None:
         """A step has read so many tokens of so many requests."""
         self._last.append((rows, tokens))
+
+    def faults_by_expert(self) -> tuple[ExpertFault, ...]:
+        """Experts that are to blame for failed requests."""
+        return tuple(
+            ExpertFault(layer=key.layer, expert=key.expert, device=device, requests=requests)
+            for (key, device), requests in sorted(self.faults.items())
+        )
 
     def batch(self) -> tuple[float, float]:
         """Requests, and tokens, of one of the last steps, on average; zeros before the first."""

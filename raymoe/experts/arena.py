@@ -104,6 +104,11 @@ class HostArena:
         place = expert.flat.view(torch.uint8)
         self._free.setdefault(place.numel(), []).append(place)
 
+    def needs(self, nbytes: int, still_to_come: int) -> int:
+        """Bytes that placing an expert of this size would allocate."""
+        padded = _padded(nbytes)
+        return 0 if self._free.get(nbytes) or self._room.numel() >= padded else self._piece_of(padded, still_to_come)
+
     def close(self) -> None:
         """Unpin everything. The experts stay readable."""
         for piece in self._pinned:
@@ -114,12 +119,15 @@ class HostArena:
     def _take(self, nbytes: int, still_to_come: int) -> torch.Tensor:
         if free := self._free.get(nbytes):
             return free.pop()
-        padded = -(-nbytes // PLACE_BYTES) * PLACE_BYTES
+        padded = _padded(nbytes)
         if self._room.numel() < padded:
-            most = max(1, self._piece_bytes // padded)
-            self._room = self._piece(padded * min(most, 1 + max(0, still_to_come)))
+            self._room = self._piece(self._piece_of(padded, still_to_come))
         taken, self._room = self._room[:nbytes], self._room[padded:]
         return taken
+
+    def _piece_of(self, padded: int, still_to_come: int) -> int:
+        most = max(1, self._piece_bytes // padded)
+        return padded * min(most, 1 + max(0, still_to_come))
 
     def _piece(self, nbytes: int) -> torch.Tensor:
         piece = pages(nbytes)
@@ -136,3 +144,7 @@ class HostArena:
                 self.pinned_bytes >> 20,
             )
         return piece
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // PLACE_BYTES) * PLACE_BYTES

@@ -80,6 +80,7 @@ class Bay(ABC):
 
     Attributes:
         tracer: told of loads; None where nobody looks.
+        shrunk: slots fewer than were wanted.
         clock: seconds by which loads under way are judged; a simulation puts its own in its place.
     """
 
@@ -89,6 +90,7 @@ class Bay(ABC):
         self.pool = pool
         self.residency = residency
         self.counters = Counters()
+        self.shrunk = 0
         self.expert_bytes = expert_bytes
         self.load_cost = Cost()
         self.tracer: Tracer | None = None

@@ -11,6 +11,7 @@ from raymoe.experts.conveyor import Conveyor
 from raymoe.experts.host_store import HostStore
 from raymoe.experts.loader import Loader
 from raymoe.experts.shelf import Shelf
+from raymoe.experts.slot_memory import DeviceMemory, allocate_slots
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.placement.keeping import Keeper
 from raymoe.types import ExpertKey
@@ -30,6 +31,7 @@ def make_bays(
     store: HostStore,
     new_keeper: Callable[[], Keeper] | None,
     on_orders: bool = False,
+    memory: DeviceMemory | None = None,
 ) -> tuple[list[Bay], list[int]]:
     """All bays, and which of them serves each layer.
 
@@ -37,8 +39,9 @@ def make_bays(
         keys: the experts that the worker owns.
         new_keeper: judges what slots keep; None keeps nothing.
         on_orders: whether slots are given to orders for steps to come, and kept only while nobody ordered needs them.
+        memory: where slots are allocated; omitted: on the device.
 
-    Raises CapacityError where the budget does not hold one expert of each shape.
+    Raises CapacityError where the budget, or the device, does not hold one expert of each shape.
     """
     signatures: list[Shapes] = [tuple(sorted(layer.shapes.items())) for layer in layers]
     kinds = list(dict.fromkeys(signatures))
@@ -47,16 +50,30 @@ def make_bays(
     sizes = [sum(torch.Size(shape).numel() for _, shape in kind) * dtype.itemsize for kind in kinds]
     experts = max(layer.num_experts for layer in layers)
     slots = share_slots(name, budget_bytes, sizes, counts)
+    least = [
+        max(layer.top_k for layer, kind in zip(layers, kind_of_layer, strict=True) if kind == each)
+        for each in range(len(kinds))
+    ]
+    memory = memory or DeviceMemory(device)
+    pools = allocate_slots(
+        name,
+        slots,
+        sizes,
+        least,
+        lambda kind, count: SlotPool(dict(kinds[kind]), count, dtype, device, memory.allocate),
+        lambda budget: share_slots(name, budget, sizes, slots),
+        memory,
+    )
     bays: list[Bay] = []
-    for kind, (shape, count, size) in enumerate(zip(kinds, slots, sizes, strict=True)):
-        pool = SlotPool(dict(shape), count, dtype, device)
+    for kind, (size, pool) in enumerate(zip(sizes, pools, strict=True)):
         sharing = len({key.layer for key in keys if kind_of_layer[key.layer] == kind})
-        residency = Residency(count, len(layers), experts, max(1, sharing))
+        residency = Residency(pool.count, len(layers), experts, max(1, sharing))
         keeper = new_keeper() if new_keeper is not None else None
         if on_orders or keeper is None:
             bays.append(Conveyor(pool, residency, loader, store, size, keeper))
         else:
             bays.append(Shelf(pool, residency, loader, store, size, keeper))
+        bays[-1].shrunk = slots[kind] - pool.count
     return bays, kind_of_layer
 
 

@@ -6,6 +6,7 @@ from raymoe.checkpoint.architectures import experts_modules
 from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.config import DeviceConfig, SchedulingConfig
 from raymoe.errors import ConfigError
+from raymoe.experts.host_memory import MemoryGuard
 from raymoe.experts.link import EmulatedLink
 from raymoe.experts.worker import ExpertWorker
 from raymoe.kernels.native import load_native
@@ -27,8 +28,14 @@ def make_worker(
         slot_budget_bytes=device.slot_memory,
         link=EmulatedLink(link.bytes_per_s, link.latency_s, link.host_s) if link is not None else None,
         scheduling=scheduling,
+        guard=None if checkpoint.maps_weights else memory_guard(checkpoint, device),
         kernels=load_native(device.threads or default_threads(device)) if place.type == "cpu" else None,
     )
+
+
+def memory_guard(checkpoint: Checkpoint, device: DeviceConfig) -> MemoryGuard:
+    """Looks after host memory. Mapped experts need none: their pages are the kernel's to take back."""
+    return MemoryGuard(device.name, device.host_memory, [size.expert_bytes for size in checkpoint.sizes()])
 
 
 def default_threads(device: DeviceConfig) -> int:

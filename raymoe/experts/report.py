@@ -12,6 +12,7 @@ class WorkerReport:
             where that was asked for.
         slot_count: slots; None where experts are computed in host memory.
         refused_clients: connections that its sockets did not let in; 0 for a worker without any.
+        shrunk: slots fewer than the budget gives, because the device had no memory for them.
         prefetches, prefetches_used, prefetches_wasted, prefetches_late, link_busy_s: as in ``Counters``.
     """
 
@@ -38,3 +39,4 @@ class WorkerReport:
     prefetches_wasted: int
     link_busy_s: float
     refused_clients: int = 0
+    shrunk: int = 0

@@ -7,6 +7,8 @@ worker, serialises access.
 S slots.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -21,6 +23,7 @@ class SlotPool:
 
     Args:
         shapes: shape of each parameter of one expert.
+        allocate: makes the memory, as ``torch.empty`` does.
 
     Attributes:
         block: the whole allocation, [S, elements of a slot].
@@ -28,11 +31,16 @@ class SlotPool:
     """
 
     def __init__(
-        self, shapes: dict[str, tuple[int, ...]], count: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        count: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        allocate: Callable[..., torch.Tensor] = torch.empty,
     ) -> None:
         self.count = count
         packing = Packing(shapes)
-        self.block = torch.empty((count, packing.numel), dtype=dtype, device=device)
+        self.block = allocate((count, packing.numel), dtype=dtype, device=device)
         self.stacked = packing.stacked(self.block)
         self.slots: list[PackedExpert] = [packing.views(self.block[index]) for index in range(count)]
         self.table = WeightTable(count)

@@ -26,6 +26,7 @@ from raymoe.experts.conveyor import Conveyor
 from raymoe.experts.costs import Cost
 from raymoe.experts.cuda_loader import CudaLoader
 from raymoe.experts.cuda_stream import CudaCopyStream
+from raymoe.experts.host_memory import MemoryGuard
 from raymoe.experts.host_store import HostStore, ReadExpert
 from raymoe.experts.link import EmulatedLink, Link, MemoryLink
 from raymoe.experts.loader import Loader, ThreadLoader
@@ -77,6 +78,7 @@ class ExpertWorker:
         kernels: native kernels, or None to compute with torch.
         scheduling: whether slots cache, how they evict, and whether to prefetch and to compute on the host.
         store: host memory that holds the shard already, or is shared; None: one of its own.
+        guard: looks after the node's memory while experts are read into a store of its own.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class ExpertWorker:
         kernels: NativeKernels | None = None,
         scheduling: SchedulingConfig | None = None,
         store: HostStore | None = None,
+        guard: MemoryGuard | None = None,
     ) -> None:
         self.name = name
         self.device = device
@@ -100,7 +103,7 @@ class ExpertWorker:
         self.layers = layers
         self.slot_budget_bytes = slot_budget_bytes
         self._arena = HostArena(CudaPinning()) if store is None and device.type == "cuda" else None
-        self.store = store or HostStore(read_expert, self._arena)
+        self.store = store or HostStore(read_expert, self._arena, guard)
         self.has_slots = slot_budget_bytes is not None or link is not None or device.type == "cuda"
         self._link = link or MemoryLink()
         self._loader: Loader | None = None
@@ -132,7 +135,8 @@ class ExpertWorker:
     def own(self, keys: Iterable[ExpertKey], progress: Callable[[int], None] | None = None) -> None:
         """Take ownership of experts: read them into host memory; the first call also makes the slots.
 
-        Raises CapacityError where the slot budget is less than one expert.
+        Raises CapacityError where the slot budget is less than one expert or memory is short, and CheckpointError where
+        one can't be read; what was read before is owned.
         """
         keys = list(keys)
         if self.has_slots and not self._bays and keys:
@@ -140,12 +144,20 @@ class ExpertWorker:
         self._check_slots(keys)
         with self._shard_lock:
             self._leaving.difference_update(keys)
-        self.store.load(keys, progress)
-        for key in keys:
-            self._owned[key.layer][key.expert] = True
-            self._tables[key.layer].put(key.expert, self.store.experts[expert_id(key.layer, key.expert)])
-        self._owns_all = all(owned.all() for owned in self._owned)
+        try:
+            self.store.load(keys, progress)
+        finally:
+            self._take_on(keys)
         self._assist()
+
+    def _take_on(self, keys: list[ExpertKey]) -> None:
+        """Own those of these experts that are in host memory."""
+        for key in keys:
+            tensors = self.store.experts.get(expert_id(key.layer, key.expert))
+            if tensors is not None:
+                self._owned[key.layer][key.expert] = True
+                self._tables[key.layer].put(key.expert, tensors)
+        self._owns_all = all(owned.all() for owned in self._owned)
 
     @property
     def owned(self) -> tuple[ExpertKey, ...]:
@@ -542,6 +554,7 @@ class ExpertWorker:
             slot_count=sum(bay.pool.count for bay in self._bays) if self.has_slots else None,
             resident=tuple(sorted(layer_and_expert(identifier) for identifier in identifiers)),
             calls=self._calls,
+            shrunk=sum(bay.shrunk for bay in self._bays),
             **{name: sum(part[name] for part in parts) for name in parts[0]},
         )
 

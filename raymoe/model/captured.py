@@ -207,11 +207,14 @@ class CapturedDecode:
     def _capture(self, state: SequenceState) -> str | None:
         """Capture the step for caches as large as this sequence needs; why that failed, if it did."""
         self._segments, self._cache = [], None
-        config = self._model.config.get_text_config(decoder=True)
-        cache = FixedCache(config, capacity_for(state.length + 1), self._model.device)
+        capacity = capacity_for(state.length + 1)
+        cache = FixedCache(self._model.config.get_text_config(decoder=True), capacity, self._model.device)
         if not cache.is_plain:
             return "some layers see a part of the past only"
-        cache.take(state.kwargs["past_key_values"], state.length)
+        try:
+            cache.take(state.kwargs["past_key_values"], state.length)
+        except torch.OutOfMemoryError:
+            return f"no memory is left for a cache of {capacity:,} tokens beside the sequence's own"
         cache.at(state.length)
 
         def forward(cut: Cut) -> torch.Tensor:

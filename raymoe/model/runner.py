@@ -326,6 +326,11 @@ class Runner:
             **dict.fromkeys(self._keep_last, last),
         )
 
+    def trim(self) -> None:
+        """Give memory that no tensor takes back to the trunk's device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @staticmethod
     def held_bytes(state: SequenceState) -> int:
         """Bytes of memory that a sequence's cache takes, with its room to grow."""

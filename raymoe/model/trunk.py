@@ -61,7 +61,8 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remote_experts_forward)
 class LazyTensor:
     """A checkpoint tensor that is read when transformers' loader asks for it, as ``tensor[...]``.
 
-    Where the file has it as it is served it is mapped, so that a shadow and a model on one node share its pages.
+    With ``map_weights``, where the file has it as it is served it is mapped, so that a shadow and a model on one node
+    share its pages.
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
@@ -70,7 +71,7 @@ class LazyTensor:
 
     def __getitem__(self, _index: Any) -> torch.Tensor:
         checkpoint = self._checkpoint
-        if checkpoint.info(self._name).dtype == checkpoint.dtype:
+        if checkpoint.maps_weights and checkpoint.info(self._name).dtype == checkpoint.dtype:
             return checkpoint.view_tensor(self._name)
         return checkpoint.read_tensor(self._name)
 
@@ -78,7 +79,7 @@ class LazyTensor:
 def build_trunk(checkpoint: Checkpoint, backend: ExpertBackend, device: torch.device) -> PreTrainedModel:
     """The model in evaluation mode on ``device``, its routed experts behind ``backend``.
 
-    Raises CheckpointError where trunk tensors are missing or mis-shaped.
+    Raises CheckpointError where trunk tensors are missing, mis-shaped, or were changed meanwhile.
     """
     trunk_class: Any = without_experts(checkpoint.model_class)
     state = {name: LazyTensor(checkpoint, name) for name in checkpoint.trunk_tensors}
@@ -95,6 +96,7 @@ def build_trunk(checkpoint: Checkpoint, backend: ExpertBackend, device: torch.de
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
     check_report(checkpoint, report)
+    checkpoint.check_unchanged()
     if (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.set_experts_implementation(IMPLEMENTATION)

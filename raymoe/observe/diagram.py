@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Rectangle
 
 from raymoe.observe.trace import MAIN, SHADOW, Recording, Span, aligned
+from raymoe.whole_file import whole
 
 WIDTH_IN, ROW_IN, LEGEND_IN, DPI = 14.0, 0.36, 0.5, 130
 TEXT_WIDTH = 0.008  # of the axes' width, that a digit needs
@@ -70,7 +71,8 @@ def draw(recordings: Sequence[Recording], path: Path, *, title: str, steps: int)
     note = "number: layer     shade: token, the same for all     small number: token that the shadow reads"
     figure.legend(handles=handles, ncols=len(handles), frameon=False, fontsize=9, title=note, loc="lower center")
     figure.tight_layout(rect=(0, LEGEND_IN / figure.get_figheight(), 1, 1))
-    figure.savefig(path, dpi=DPI)
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=DPI)
     plt.close(figure)
     return f"{len(shown)} decode steps, {(end_s - start_s) * 1e3:.1f} ms"
 

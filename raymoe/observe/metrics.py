@@ -3,12 +3,14 @@
 Names here are without the prefix ``ray_`` that Ray's exporter adds, and without the ``_total`` of counters.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from raymoe.observe.sink import Observations
 from raymoe.observe.stats import DeviceStats, EngineStats, PredictorStats
+from raymoe.types import ExpertFault
 
 Kind = Literal["counter", "gauge", "histogram"]
 APP, DEVICE, STATE = "app", "device", "state"
@@ -68,6 +70,8 @@ ENGINE: tuple[Metric, ...] = (
     _engine("counter", "completion_tokens", "completion_tokens", "Tokens that were generated."),
     _engine("counter", "requests_finished", "finished", "Requests that ended well or were cancelled."),
     _engine("counter", "requests_failed", "failed", "Requests that ended with an error of the server."),
+    _engine("counter", "requests_not_finite", "not_finite", "Those of them whose output was NaN or infinite."),
+    _engine("counter", "memory_shortages", "shrunk", "Times that kept caches went for want of device memory."),
     _engine("counter", "decode_steps", "steps", "Passes of the model in decode."),
     _engine("counter", "decode_seconds", "decode_s", "Time spent in decode steps."),
     _engine("counter", "expert_hits", "hits", "(token, expert) pairs whose expert was resident."),
@@ -100,6 +104,7 @@ DEVICES: tuple[Metric, ...] = (
     _device("gauge", "slots", "slot_count", "Slots; absent where experts are computed in host memory."),
     _device("gauge", "slot_bytes", "peak_slot_bytes", "Bytes of slots, which are allocated once."),
     _device("gauge", "slot_budget_bytes", "slot_budget_bytes", "Limit of slot bytes; absent where there is none."),
+    _device("gauge", "slots_shrunk", "shrunk", "Slots fewer than the budget gives, for want of device memory."),
     _device("gauge", "host_bytes", "host_bytes", "Bytes of the shard in host memory."),
     _device("counter", "calls", "calls", "Layer calls."),
     _device("counter", "hits", "hits", "(row, expert) pairs whose expert was resident."),
@@ -121,6 +126,7 @@ DEVICES: tuple[Metric, ...] = (
 
 SEEN_DEVICES: tuple[Metric, ...] = (
     _device("counter", "substitutions", "substituted", "Pairs that were the device's and gave way to other experts."),
+    _device("counter", "bad_outputs", "bad_outputs", "Requests that NaN or infinity of its experts has failed."),
     _device("gauge", "up", "up", "1 where the device answers, else 0."),
     Metric(
         name="raymoe_device_state",
@@ -203,6 +209,20 @@ def of_substituted(pairs: Mapping[str, int]) -> Values:
     """By device, the pairs that were its and gave way."""
     metric = next(metric for metric in SEEN_DEVICES if metric.field == "substituted")
     return [(metric, {DEVICE: device}, float(count)) for device, count in pairs.items()]
+
+
+def of_faults(faults: Sequence[ExpertFault]) -> Values:
+    """By device, the requests that its experts have failed."""
+    metric = next(metric for metric in SEEN_DEVICES if metric.field == "bad_outputs")
+    return [(metric, {DEVICE: device}, float(count)) for device, count in requests_by_device(faults).items()]
+
+
+def requests_by_device(faults: Sequence[ExpertFault]) -> Counter[str]:
+    """How many requests each device's experts have failed."""
+    found: Counter[str] = Counter()
+    for fault in faults:
+        found[fault.device] += fault.requests
+    return found
 
 
 def of_predictor(stats: PredictorStats | None) -> Values:

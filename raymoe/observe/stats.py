@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from raymoe.types import Routing
+from raymoe.types import ExpertFault, Routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,8 @@ class DeviceStats:
             those that left before any did. ``prefetches_late`` were ordered, but never begun.
         link_busy_s: seconds for which loads kept the link busy, since the start.
         substituted: (token, expert) pairs of the router that were this device's and gave way to others.
+        shrunk: slots fewer than the budget gives, because the device had no memory for them.
+        bad_outputs: requests that failed because an expert of this device returned NaN or infinity.
         heartbeat_age_s: since it was last heard of; None for a device in the engine's own process.
         dropped_messages: of admitted clients, but malformed, or sent again by somebody on the way.
         refused_clients: connections that were not let in, or were cut for a forged frame.
@@ -61,6 +63,8 @@ class DeviceStats:
     reason: str | None = None
     since_s: float | None = None
     restarts: int = 0
+    shrunk: int = 0
+    bad_outputs: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -90,6 +94,8 @@ class EngineStats:
         degraded: (token, expert) pairs whose expert nobody could be asked for, and another computed instead.
         admitted, queue_s: requests that were let in, and how long they had waited, all together.
         batch_rows, batch_tokens: requests and tokens of one of the last steps, on average.
+        shrunk: times that kept caches went because the trunk's device had no memory left.
+        not_finite: requests that failed because the model's output was NaN or infinite; faults: experts to blame.
     """
 
     model: str
@@ -132,6 +138,9 @@ class EngineStats:
     late_answers: int = 0
     suspects: tuple[str, ...] = ()
     degraded: int = 0
+    shrunk: int = 0
+    not_finite: int = 0
+    faults: tuple[ExpertFault, ...] = ()
 
     @property
     def hit_rate(self) -> float:

@@ -15,8 +15,11 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 
 from raymoe.errors import (
+    CapacityError,
     EngineStoppedError,
+    ExpertOutputError,
     ExpertUnavailableError,
+    NotFiniteError,
     OverloadedError,
     RaymoeError,
     RequestError,
@@ -24,6 +27,7 @@ from raymoe.errors import (
 
 log = logging.getLogger("ray.serve")  # which Serve writes to the log of the replica
 
+CODES = {NotFiniteError: "output_not_finite", ExpertOutputError: "expert_output", CapacityError: "out_of_memory"}
 RETRY_AFTER_S = 1  # a waiting request takes about that long to get its turn
 RESTART_RETRY_AFTER_S = 10  # Serve needs about that long to replace an engine
 
@@ -93,6 +97,9 @@ def describe(error: BaseException) -> ApiError:
             return ApiError(
                 status=503, message=message, type="unavailable", code="unavailable", retry_after_s=RESTART_RETRY_AFTER_S
             )
+        case NotFiniteError() | CapacityError():  # of the model or the machine, and for this request alone
+            log.error("a request failed: %s", error)
+            return ApiError(status=500, message=message, type="server_error", code=CODES[type(error)])
         case RequestTimeoutError():
             return ApiError(status=504, message=message, type="timeout", code="timeout")
     log.error("a request failed unexpectedly", exc_info=error)

@@ -1,7 +1,6 @@
 """Where API keys come from: a file, which may change while the server runs, and an environment variable."""
 
 import logging
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from raymoe.config import ClusterConfig
 from raymoe.errors import ConfigError
 from raymoe.serve.keys import Key, KeyConfig, check_name, digest_of, new_key, parse_keys
 from raymoe.strict import read_mapping
+from raymoe.whole_file import write_whole
 
 log = logging.getLogger("ray.serve")  # which Serve writes to the log of the replica
 
@@ -88,7 +88,7 @@ def environment_keys(environment: Mapping[str, str]) -> tuple[Key, ...]:
 def add_key(
     file: Path, name: str, *, requests_per_minute: int | None = None, concurrent: int | None = None, admin: bool = False
 ) -> str:
-    """Make a key, append its hash to a file (created for its owner only), and return it.
+    """Make a key, add its hash to a file (created for its owner only), and return it.
 
     Raises ConfigError for a name that is none or is taken, and where the file is wrong or can't be written.
     """
@@ -100,11 +100,8 @@ def add_key(
         sha256=digest_of(key).hex(), requests_per_minute=requests_per_minute, concurrent=concurrent, admin=admin
     )
     entry = yaml.safe_dump({name: config.model_dump(exclude_defaults=True)}, sort_keys=False)
-    try:
-        with open(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as out:
-            out.write(entry if out.tell() else HEAD + entry)
-    except OSError as error:
-        raise ConfigError(f"can't write {file}: {error.strerror}") from error
+    before = file.read_text() if file.exists() else ""
+    write_whole(file, (before or HEAD) + entry, 0o600)
     return key
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from raymoe.errors import ConfigError
 from raymoe.simulation.shape import ModelShape
+from raymoe.whole_file import whole
 
 VERSION = 1
 KIND = "raymoe routing trace"
@@ -110,11 +111,8 @@ def save(trace: RoutingTrace, path: Path) -> None:
         if (array := getattr(trace, name)) is not None
     }
     facts = {"kind": KIND, "version": VERSION, "shape": trace.shape.as_dict(), "about": trace.about}
-    try:
-        with path.open("wb") as file:
-            np.savez_compressed(file, facts=np.array(json.dumps(facts)), **arrays)
-    except OSError as error:
-        raise ConfigError(f"can't write the trace {path}: {error.strerror or error}") from error
+    with whole(path) as unfinished, unfinished.open("wb") as file:
+        np.savez_compressed(file, facts=np.array(json.dumps(facts)), **arrays)
 
 
 def load(path: Path) -> RoutingTrace:

@@ -17,7 +17,7 @@ from raymoe.engine.lark import json_grammar
 from raymoe.engine.prompts import Prompts, takes_tools
 from raymoe.engine.request import Chat, SamplingParams
 from raymoe.engine.sampling import Sampler, SamplingDefaults
-from raymoe.errors import RequestError
+from raymoe.errors import NotFiniteError, RequestError
 from raymoe.serve.tools import call_grammar
 
 VOCABULARY = 4096
@@ -89,6 +89,14 @@ def test_a_token_that_the_model_never_gives_has_a_finite_log_probability() -> No
     _, told = forced.choose(row, [0], [])
     assert told is not None
     assert told.top == ((0, 0.0), (1, -9999.0))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_hides_no_output_that_is_no_number(temperature: float) -> None:
+    spoiled = torch.full((VOCABULARY,), torch.nan)
+    for params in ({"grammar": 'start: "a"'}, {"json_schema": PERSON}, {"logit_bias": {5: 100}}):
+        with pytest.raises(NotFiniteError):
+            sampler(temperature=temperature, **params).choose(spoiled, [5], [])
 
 
 @pytest.mark.parametrize(

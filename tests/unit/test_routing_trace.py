@@ -40,7 +40,7 @@ def test_what_is_written_is_read(tmp_path: Path, lacking: tuple[str, ...]) -> No
 def test_no_file_and_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"can't read the trace .*No such file"):
         load(tmp_path / "no.npz")
-    with pytest.raises(ConfigError, match="can't write the trace"):
+    with pytest.raises(ConfigError, match=r"can't write .*: "):
         save(walking(shape(), 2), tmp_path / "no" / "t.npz")
 
 

@@ -13,7 +13,15 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from raymoe.engine.request import Chunk, TokenLogprob, Usage
-from raymoe.errors import CapacityError, EngineStoppedError, ExpertUnavailableError, OverloadedError, RequestError
+from raymoe.errors import (
+    CapacityError,
+    EngineStoppedError,
+    ExpertOutputError,
+    ExpertUnavailableError,
+    NotFiniteError,
+    OverloadedError,
+    RequestError,
+)
 from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats
 from raymoe.serve.api import MAX_BODY_BYTES, Api, create_app
 from raymoe.serve.batch import Batch
@@ -189,7 +197,9 @@ FAILURES = [
     (EngineStoppedError("gone"), 503, "unavailable", "unavailable"),
     (ExpertUnavailableError("lost"), 503, "unavailable", "unavailable"),
     (RequestTimeoutError("late"), 504, "timeout", "timeout"),
-    (CapacityError("too small"), 500, "server_error", None),
+    (CapacityError("no memory"), 500, "server_error", "out_of_memory"),
+    (NotFiniteError("NaN"), 500, "server_error", "output_not_finite"),
+    (ExpertOutputError("NaN of expert 3"), 500, "server_error", "expert_output"),
     (KeyError("a bug"), 500, "server_error", None),
 ]
 
