@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from ray.exceptions import RayTaskError
+from safetensors.torch import load_file, save_file
 
 import raymoe
 from raymoe.actors.names import NAMESPACE, worker_name
 from raymoe.checkpoint.opening import SINGLE_FILE
-from raymoe.errors import CheckpointError
+from raymoe.errors import CheckpointError, ExpertOutputError
 from raymoe.types import ExpertKey
 from tests.toy_models import PROMPT, reference_at, save_toy
 
@@ -81,6 +83,25 @@ def test_an_engine_with_other_weights_than_its_workers_is_refused(local_ray: Non
         os.replace(other / SINGLE_FILE, path / SINGLE_FILE)
         with pytest.raises(CheckpointError, match=r'device "[ab]" on node .* serves other weights \(fingerprint'):
             raymoe.launch(config(path), app="replaced")
+
+
+def test_a_poisoned_expert_is_named_with_its_device_and_counted(local_ray: None, tmp_path: Path) -> None:
+    path = save_toy("qwen3_moe", tmp_path / "model")
+    tensors = load_file(path / SINGLE_FILE)
+    for name, tensor in tensors.items():
+        if "layers.3.mlp.experts" in name and "down_proj" in name:  # all of MoE layer 1
+            tensor[0, 0] = torch.nan
+    save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt"})
+    with raymoe.launch(config(path), app="poisoned") as moe:
+        with pytest.raises(ExpertOutputError, match=r'layer 1, expert \d on device "[ab]" is to blame'):
+            moe.generate(PROMPT, max_tokens=4, temperature=0)
+        stats = moe.stats()
+        assert stats.engine is not None
+        (fault,) = stats.engine.faults
+        assert ExpertKey(layer=fault.layer, expert=fault.expert) in call("poisoned", fault.device, "describe").owned
+        assert {name: device.bad_outputs for name, device in stats.devices.items()} == {
+            name: int(name == fault.device) for name in "ab"
+        }
 
 
 def everything() -> list[ExpertKey]:

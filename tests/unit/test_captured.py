@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raymoe.engine.scheduler import ExpertScheduler
 from raymoe.engine.service import ModelService
 from raymoe.engine.turns import captured_decode
 from raymoe.model import fixed_cache
 from raymoe.model.captured import CapturedDecode
+from raymoe.model.fixed_cache import FixedCache
 from raymoe.model.gpu_blocks import use_gpu_kernels
 from raymoe.model.sites import attach_sites
 from tests.local import local_service
@@ -98,6 +100,25 @@ def test_a_longer_sequence_is_captured_anew(wide: Path, monkeypatch: pytest.Monk
         recorder = captured(service)
         assert tokens_of(service, PROMPT, 7) == reference_at(wide, PROMPT, 7)
         assert recorder.captures == 2, "of capacity 16 for the first four tokens, then of 32"
+
+
+def test_without_memory_for_a_longer_cache_decoding_goes_on_uncaptured(
+    wide: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fixed_cache, "LEAST_CAPACITY", 16)
+    take = FixedCache.take
+
+    def bounded(self: FixedCache, cache: Any, length: int) -> None:
+        if self.capacity > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        take(self, cache, length)
+
+    monkeypatch.setattr(FixedCache, "take", bounded)
+    with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
+        recorder = captured(service)
+        assert tokens_of(service, PROMPT, 7) == reference_at(wide, PROMPT, 7)
+        assert recorder.captures == 1 and service.report().shrunk == 0
+    assert "uncaptured, kernel by kernel: no memory is left for a cache of 32 tokens" in caplog.text
 
 
 def test_a_released_sequence_goes_on_uncaptured(wide: Path) -> None:
