@@ -53,4 +53,15 @@ class StartError(RaymoeError):
 
 
 class OverloadedError(RaymoeError):
-    """Too many requests are waiting already; try again later."""
+    """Too many requests are waiting already; try again later.
+
+    ``retry_after_s`` is about when there will be room; None where that is not known.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DrainingError(RaymoeError):
+    """The server is about to end: it finishes what it has begun and takes nothing new."""

@@ -30,7 +30,7 @@ from raymoe.engine.sequence import EngineReport, OnChunk, RequestId, Sequence
 from raymoe.engine.text import Decoder
 from raymoe.engine.together import LONE_TOKENS, Part, read_together
 from raymoe.engine.totals import Totals
-from raymoe.errors import EngineStoppedError, RaymoeError, RequestError
+from raymoe.errors import DrainingError, EngineStoppedError, RaymoeError, RequestError
 from raymoe.model.blocks import MOST_ROWS
 from raymoe.model.kv_size import KvSize
 from raymoe.model.runner import Runner
@@ -53,6 +53,7 @@ class Engine:
         end_tokens: the model's ends of sequence.
         drafting: says which guesses of a shadow are read along; None: none are.
         kv: memory of one sequence's cache; omitted: it is not counted.
+        ttft_slo_s: who would wait longer for a first token is refused; None: nobody is for that.
         clock: seconds, by which requests wait.
 
     Attributes:
@@ -75,6 +76,7 @@ class Engine:
         max_output_tokens: int,
         drafting: Drafting | None = None,
         kv: KvSize | None = None,
+        ttft_slo_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -95,8 +97,9 @@ class Engine:
             at_once_tokens=LONE_TOKENS if self._reads_pieces else 1 << 30,
         )
         self._ids = itertools.count(secrets.randbelow(MOST_IDS) + 1)  # workers outlive engines: no id twice
-        self._roster = Roster(config)
-        self._stopping = False
+        self._roster = Roster(config, ttft_slo_s, clock)
+        self._stopping = self._draining = False
+        self._beat_s = clock()
         self._failure: BaseException | None = None
         self._totals = Totals()
         self._piece_size = PieceSize(config.prefill_chunk)
@@ -118,7 +121,7 @@ class Engine:
         on_chunk: OnChunk,
         defaults: SamplingDefaults | None = None,
     ) -> RequestId:
-        """Queue a request. Raises RequestError for a bad one, OverloadedError where the queue is full."""
+        """Queue a request. Raises RequestError for a bad one, and what ``check_room`` raises."""
         try:
             alpha = None if params.quality is None else self._scheduling.alpha_of(params.quality)
         except ValueError as error:
@@ -131,17 +134,40 @@ class Engine:
             self.sink.submitted(sequence.id)
         return sequence.id
 
+    def check_room(self, priority: int = 0) -> None:
+        """Whether a request would be taken now, before anything is done for it.
+
+        Raises OverloadedError, DrainingError or EngineStoppedError.
+        """
+        with self._roster.changed:
+            self._check_alive()
+            self._roster.check_room(priority)
+
     def cancel(self, request: RequestId) -> None:
         """End a request; it gets a last chunk with finish_reason "cancelled". Unknown ids are ignored."""
         self._roster.cancel(request)
+
+    def drain(self) -> None:
+        """Take no new requests; those that wait or run go on."""
+        with self._roster.changed:
+            self._draining = True
 
     def stop(self) -> None:
         """Stop the loop; requests that are not finished end with EngineStoppedError."""
         with self._roster.changed:
             self._stopping = True
             self._roster.changed.notify()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._failure is None:
             self._thread.join(timeout=30)
+
+    def give_up(self, error: BaseException) -> None:
+        """The loop is stuck for good: tell everybody who asked, and take nothing more.
+
+        Without the lock, for whoever is stuck may have it. A loop that comes loose after all ends.
+        """
+        self._failure, self._stopping = error, True
+        for sequence in (*self._roster.running, *self._roster.waiting):
+            tell(sequence, error)
 
     def reconfigure(self, scheduling: SchedulingConfig) -> None:
         """Schedule by other settings from the next step on; requests keep the alpha that they asked for."""
@@ -161,6 +187,11 @@ class Engine:
     def failure(self) -> BaseException | None:
         """Why the loop died, or None while it is well."""
         return self._failure
+
+    @property
+    def stalled_s(self) -> float:
+        """Since the loop last began a step, or looked for work: much more than a step takes means that it is stuck."""
+        return self._clock() - self._beat_s
 
     def report(self) -> EngineReport:
         """Counts and totals."""
@@ -196,6 +227,8 @@ class Engine:
             raise EngineStoppedError(f"the engine has failed: {self._failure}") from self._failure
         if self._stopping:
             raise EngineStoppedError("the engine is stopping")
+        if self._draining:
+            raise DrainingError("the server is about to end and takes no new requests")
 
     # --- the engine's thread ----------------------------------------------------------------------------
 
@@ -204,6 +237,7 @@ class Engine:
             torch.set_num_threads(self._config.threads)
         try:
             while not self._stopping:
+                self._beat_s = self._clock()
                 if not self.step():
                     with self._roster.changed:
                         self._roster.changed.wait_for(
@@ -331,7 +365,7 @@ class Engine:
                 self._account(sequence, read.cost)
                 if not sequence.unread:
                     if not read.part.decodes:
-                        self._totals.prompt_read(sequence)
+                        self._note_prompt_read(sequence)
                     self._guarded(sequence, partial(self._answers.choose, sequence, read.logits_V.unsqueeze(0), []))
 
     def _lose_step(self, parts: list[Part], error: Exception) -> None:
@@ -354,9 +388,16 @@ class Engine:
         logits_V, sequence.state = self._runner.prefill(sequence.prompt)
         if self._drafting is not None and make_cuttable(sequence.state) is not None:
             self._drafting.end(sequence.id)
-        self._totals.prompt_read(sequence)
+        self._note_prompt_read(sequence)
         self._account(sequence)
         self._answers.choose(sequence, logits_V.unsqueeze(0), [])
+
+    def _note_prompt_read(self, sequence: Sequence) -> None:
+        """The first token follows."""
+        self._totals.prompt_read(sequence)
+        assert sequence.begun_s is not None
+        with self._roster.changed:
+            self._roster.pace.read(self._clock() - sequence.begun_s)
 
     def _decode(self, sequence: Sequence) -> None:
         """Read the last token, and drafts where there are any, as far as the answer may go on."""

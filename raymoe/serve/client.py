@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from raymoe.observe.stats import ClusterStats
 
 ACCEPT_TIMEOUT_S = 15.0  # to reach the engine and encode the prompt; an engine that restarts takes longer
-CARD_TIMEOUT_S = 5.0  # health probes usually wait no longer
+CARD_TIMEOUT_S = 2.0  # the engine answers within milliseconds; health probes usually wait hardly longer
 STATS_TIMEOUT_S = 20.0  # the engine asks every worker, and waits 15 s for one that is silent
 LATE_S = 5.0  # the engine ends late requests itself; this is for one that no longer does
 
@@ -57,6 +57,10 @@ class EngineClient:
         """Devices and engine; with ``names`` also those of the resident experts."""
         return await self._call("stats", STATS_TIMEOUT_S, names)
 
+    async def drain(self, limit_s: float) -> int:
+        """See ``EngineServer.drain``."""
+        return await self._call("drain", limit_s + LATE_S, limit_s)
+
     async def tokenize(self, prompt: "Prompt") -> list[int]:
         """Token ids of a prompt."""
         return await self._call("tokenize", ACCEPT_TIMEOUT_S, prompt)
@@ -67,7 +71,7 @@ class EngineClient:
 
     async def settings(self) -> dict[str, Any]:
         """The settings of scheduling in force."""
-        return await self._call("settings", CARD_TIMEOUT_S)
+        return await self._call("settings", ACCEPT_TIMEOUT_S)
 
     async def change_settings(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Change some settings; returns all."""

@@ -12,13 +12,17 @@ from types import FrameType
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from raymoe import errors
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig
 from raymoe.errors import ConfigError, RaymoeError, StartError
 
+log = logging.getLogger(__name__)
+
 WATCH_S = 2.0  # how often the running application is looked at
+DRAIN_ANSWER_S = 10.0  # for the engine to say that it has drained, beyond what draining may take
 ENDED = ("DEPLOY_FAILED", "DELETING")
 
 
@@ -34,8 +38,9 @@ def serve_in_foreground(
 ) -> None:
     """Serve ``config`` as application ``name`` until Ctrl-C, SIGTERM, or until someone deletes it.
 
-    Ray and Serve are started where none runs, and ended then. Leaving in any way deletes the application.
-    Raises RaymoeError where the start fails, or the application breaks later.
+    At the first signal running requests go on for up to ``serving.drain_timeout_s`` and new ones are refused; at the
+    second they are ended. Ray and Serve are started where none runs, and ended then. Leaving in any way deletes the
+    application. Raises RaymoeError where the start fails, or the application breaks later.
 
     Args:
         on_stage: told of each stage of the start.
@@ -59,7 +64,7 @@ def serve_in_foreground(
         on_stage(f'starting application "{name}" on {len(config.devices)} devices')
         start_application(config, name)
         on_ready(base_url(host, port))
-        watch(name)
+        watch_and_drain(name, config.serving.drain_timeout_s, on_stage)
     except KeyboardInterrupt:
         on_stage(f'stopping "{name}"')
     finally:
@@ -133,6 +138,33 @@ def failure_of(name: str, text: str) -> RaymoeError:
     return StartError(f'application "{name}" did not start: {last.strip()}')
 
 
+def watch_and_drain(name: str, limit_s: float, on_stage: Callable[[str], None]) -> None:
+    """Watch the application until a signal comes, then let it finish what it has begun. Raises what ``watch`` does."""
+    try:
+        watch(name)
+    except KeyboardInterrupt:
+        on_stage(f'finishing what "{name}" has begun, for {limit_s:g} s at most (once more: end at once)')
+        try:
+            drain(name, limit_s)
+        except KeyboardInterrupt:
+            on_stage(f'ending "{name}" at once')
+            drain(name, 0.0)
+
+
+def drain(name: str, limit_s: float) -> None:
+    """Let no new requests in, and those under way end; after ``limit_s`` seconds with an error.
+
+    Raises nothing where the application can't be reached: it is about to be deleted anyway.
+    """
+    try:
+        ended = serve.get_app_handle(name).drain.remote(limit_s).result(timeout_s=limit_s + DRAIN_ANSWER_S)
+    except (RayError, RayServeException, RaymoeError, TimeoutError) as error:
+        log.warning("%s could not be drained: %s", name, error)
+        return
+    if ended:
+        log.warning("%d requests of %s took longer than %g s and were ended", ended, name, limit_s)
+
+
 def watch(name: str) -> None:
     """Return when the application is gone. Raises StartError where it breaks for good or Ray ends."""
     while True:
@@ -155,7 +187,7 @@ def end(name: str, owns_serve: bool) -> None:
         if owns_serve and not ray_is_ours():
             serve.shutdown()
     except RayError as error:
-        logging.getLogger(__name__).warning("could not end %s cleanly: %s", name, error)
+        log.warning("could not end %s cleanly: %s", name, error)
     finally:
         ray.shutdown()
 
