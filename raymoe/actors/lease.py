@@ -20,7 +20,8 @@ CALL_TIMEOUT_S = 5.0
 class Lease:
     """Renews ``holder``'s hold on the workers of ``app`` from a thread of its own, until closed.
 
-    Where the placement actor is not there yet, or restarts, it keeps trying; it never raises.
+    Where the placement actor is not there yet, or restarts, it keeps trying; it never raises. Ray's head is asked for the
+    actor once only, and again where the actor does not answer: while the head is away, calls to actors go on.
 
     Args:
         tell: what each renewal takes along: the engine's counts, or None.
@@ -44,6 +45,7 @@ class Lease:
         self._on_restart = on_restart
         self._on_life = on_life
         self._life: Life | None = None
+        self._placement: Any = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
         self._thread.start()
@@ -55,17 +57,21 @@ class Lease:
         self._stop.set()
         self._thread.join(timeout=CALL_TIMEOUT_S)
         with contextlib.suppress(RayError, ValueError):
-            placement = ray.get_actor(placement_name(self._app), NAMESPACE)
+            placement = self._placement or ray.get_actor(placement_name(self._app), NAMESPACE)
             ray.get(placement.release.remote(self._holder), timeout=CALL_TIMEOUT_S)
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            with contextlib.suppress(RayError, ValueError):
+            try:
                 self._renew()
+            except (RayError, ValueError):
+                self._placement = None
             self._stop.wait(RENEW_S)
 
     def _renew(self) -> None:
-        placement = ray.get_actor(placement_name(self._app), NAMESPACE)
+        if self._placement is None:
+            self._placement = ray.get_actor(placement_name(self._app), NAMESPACE)
+        placement = self._placement
         life: Any = ray.get(placement.renew.remote(self._holder, self._told()), timeout=CALL_TIMEOUT_S)
         before = self._life
         if before is not None and before.actor == life.actor and before.start != life.start:

@@ -4,7 +4,8 @@ While requests wait, one leaves every ``interval_s`` on average, and lets the ne
 to leave waits n intervals on average. Where they leave independently of each other, the n-th leaves after a
 gamma-distributed time. Its 99th percentile is what counts here: a promise that half of the requests see broken is none.
 (Answers whose lengths vary little leave more regularly, so this errs on the safe side.) Then the prompt is read; that
-takes its mean time and four mean deviations at most, as TCP takes round trips for its timeouts (RFC 6298).
+takes its mean time and four mean deviations at most, as TCP takes round trips for its timeouts (RFC 6298). What both
+may exceed their means by adds up as what is independent does.
 """
 
 import math
@@ -53,14 +54,12 @@ class Pace:
 
     def wait(self, place: int, now_s: float) -> Wait | None:
         """Of a request that is let in when so many have left. None where that is not 0 and nothing was measured yet."""
-        read_s = self._read_s or 0.0
-        most_read_s = read_s + DEVIATIONS * self._deviation_s
-        if not place:
-            return Wait(likely_s=read_s, most_s=most_read_s)
-        interval_s = self.interval_s(now_s)
+        interval_s = self.interval_s(now_s) if place else 0.0
         if interval_s is None:
             return None
-        return Wait(likely_s=place * interval_s + read_s, most_s=latest(place) * (1 + ERROR) * interval_s + most_read_s)
+        likely_s = place * interval_s + (self._read_s or 0.0)
+        late_s = (latest(place) * (1 + ERROR) - place) * interval_s if place else 0.0
+        return Wait(likely_s=likely_s, most_s=likely_s + math.hypot(late_s, DEVIATIONS * self._deviation_s))
 
     def interval_s(self, now_s: float) -> float | None:
         """Between two that leave. The one under way counts as soon as it is longer than the others."""
