@@ -20,8 +20,8 @@ CALL_TIMEOUT_S = 5.0
 class Lease:
     """Renews ``holder``'s hold on the workers of ``app`` from a thread of its own, until closed.
 
-    Where the placement actor is not there yet, or restarts, it keeps trying; it never raises. Ray's head is asked for the
-    actor once only, and again where the actor does not answer: while the head is away, calls to actors go on.
+    Where the placement actor is not there yet, or restarts, it keeps trying; it never raises. Ray's head is asked for
+    the actor once only, and again where the actor does not answer: while the head is away, calls to actors go on.
 
     Args:
         tell: what each renewal takes along: the engine's counts, or None.

@@ -148,16 +148,17 @@ class Roster:
             before = self.waiting.before(counted_from(now_s, priority))
             fits = self.ledger.fits(kv_bytes + sum(sequence.kv_bytes for sequence in before))
             place = max(0, len(before) + 1 - (free if fits else 0))
-            wait = self.pace.wait(place, now_s)
+            wait, full_s = self.pace.wait(place, now_s), self.pace.interval_s(now_s) or 0.0
             if len(self.waiting) >= self._config.max_waiting + free:
                 raise OverloadedError(
                     f"{len(self.waiting)} requests are waiting already, no more are taken; try again later",
                     retry_after_s=None if wait is None else wait.likely_s,
+                    full_s=full_s,
                 )
             if self._ttft_slo_s is not None:
-                self._check_in_time(place, wait, self._ttft_slo_s)
+                self._check_in_time(place, wait, self._ttft_slo_s, full_s)
 
-    def _check_in_time(self, place: int, wait: Wait | None, slo_s: float) -> None:
+    def _check_in_time(self, place: int, wait: Wait | None, slo_s: float, full_s: float) -> None:
         if wait is None:  # nothing was measured: as many may wait as run, whose turn is the next
             if place <= self._config.max_running:
                 return
@@ -167,6 +168,7 @@ class Roster:
                 f"{place - 1} requests go before this one; its first token might take {wait.most_s:.1f} s, more than "
                 f"the {slo_s:g} s that this server promises; try again later",
                 retry_after_s=wait.likely_s,
+                full_s=full_s,
             )
 
     def cancel(self, request: RequestId) -> None:

@@ -1,15 +1,17 @@
 """The engine as the ingress sees it: a Serve handle with our own errors, timeouts and cancellation."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray.serve.handle import DeploymentHandle
 
 from raymoe.engine.request import SamplingParams
-from raymoe.errors import EngineStoppedError
+from raymoe.errors import EngineStoppedError, OverloadedError
 from raymoe.serve.batch import Batch
 from raymoe.serve.errors import RequestTimeoutError, unwrap
+from raymoe.serve.refusals import Refusals
 
 if TYPE_CHECKING:
     from raymoe.engine.prompts import Prompt
@@ -28,12 +30,16 @@ class EngineClient:
         self._handle = handle
         self._streaming = handle.options(stream=True)
         self._timeout_s = request_timeout_s + LATE_S
+        self._refusals = Refusals(time.monotonic)
 
     async def stream(self, prompt: "Prompt", params: SamplingParams | Mapping[str, Any]) -> AsyncGenerator[Batch]:
         """The batches of an answer; see ``EngineServer.stream``. Closing the generator cancels the request.
 
-        Raises EngineStoppedError where the engine can't be reached or ends, beside the engine's own errors.
+        Raises EngineStoppedError where the engine can't be reached or ends, beside the engine's own errors; and
+        OverloadedError without asking it where it has refused another one a moment ago.
         """
+        priority = params.get("priority", 0) if isinstance(params, Mapping) else params.priority
+        self._refusals.check(priority)
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._timeout_s
         response = self._streaming.stream.remote(prompt, params)
@@ -45,6 +51,10 @@ class EngineClient:
                 batch = await _next(response, deadline, late)
                 finished = batch.last is not None
                 yield batch
+        except OverloadedError as error:
+            self._refusals.note(error, priority)
+            finished = True
+            raise
         finally:
             if not finished:
                 response.cancel()

@@ -9,6 +9,7 @@ from raymoe.config import TrunkConfig
 from raymoe.engine.admission import Roster
 from raymoe.engine.shedding import ERROR, Pace, latest
 from raymoe.errors import OverloadedError
+from raymoe.serve.refusals import MOST_S, Refusals
 from tests.unit.test_admission import waiting
 
 
@@ -138,3 +139,19 @@ def admit(place: Roster, now_s: float, running, ends, waits, draw, holding_s: fl
         running[sequence.id] = sequence
         spread = draw.expovariate(1.0) if lengths == "spread" else draw.uniform(0.8, 1.2)
         heapq.heappush(ends, (now_s + holding_s * spread, sequence.id))
+
+
+def test_an_ingress_remembers_a_refusal_for_as_long_as_nobody_is_expected_to_leave() -> None:
+    clock = Clock()
+    refusals = Refusals(clock)
+    refusals.note(OverloadedError("full", retry_after_s=3.0, full_s=0.2), priority=0)
+    for priority in (0, 5):
+        with pytest.raises(OverloadedError, match="full") as refused:
+            refusals.check(priority)
+        assert refused.value.retry_after_s == 3.0
+    refusals.check(-1)
+    clock.now_s = 0.2
+    refusals.check(0)
+    refusals.note(OverloadedError("full", full_s=60.0), priority=0)
+    clock.now_s = 0.2 + MOST_S
+    refusals.check(0)
