@@ -120,8 +120,8 @@ def server(slo_s: float) -> Iterator[int]:
         ray.shutdown()
 
 
-def request_of(draw: random.Random) -> bytes:
-    """The bytes of a request for a streamed answer."""
+def request_of(draw: random.Random, prefix: str = "") -> bytes:
+    """The bytes of a request for a streamed answer. ``prefix`` is the application's path."""
     body = json.dumps(
         {
             "prompt": [draw.choice(VOCABULARY) for _ in range(PROMPT_TOKENS)],
@@ -131,8 +131,14 @@ def request_of(draw: random.Random) -> bytes:
             "stream": True,
         }
     )
-    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+    lines = [
+        f"POST {prefix}/v1/completions HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    ]
+    return "\r\n".join([*lines, "", body]).encode()
 
 
 async def ask(port: int, request: bytes, moment_s: float) -> Outcome:
@@ -172,13 +178,13 @@ def fault_of(status: int, head: bytes, content: bytes) -> str | None:
     return None
 
 
-async def open_loop(port: int, rate: float, seconds: float, seed: int) -> Run:
+async def open_loop(port: int, rate: float, seconds: float, seed: int, prefix: str = "") -> Run:
     """Requests at random moments."""
     draw, run, begun = random.Random(seed), Run(rate=rate), time.perf_counter()
     busy_s, tasks, moment_s = sum(psutil.Process().cpu_times()[:2]), [], begun
     sampling = asyncio.create_task(sample(run))
     while (moment_s := moment_s + draw.expovariate(rate)) < begun + seconds:
-        request = request_of(draw)
+        request = request_of(draw, prefix)
         await asyncio.sleep(max(0.0, moment_s - time.perf_counter()))
         tasks.append(asyncio.create_task(ask(port, request, moment_s)))
     run.outcomes = list(await asyncio.gather(*tasks))
