@@ -29,7 +29,7 @@ ENDED = ("DEPLOY_FAILED", "DELETING")
 
 
 class Signals:
-    """SIGTERM and Ctrl-C. They interrupt a start; afterwards they are counted, so as not to break into Ray's own code.
+    """SIGTERM and Ctrl-C. They interrupt a start; afterwards two are counted, so as not to break into Ray's own code.
 
     Attributes:
         interrupt: whether a signal raises KeyboardInterrupt.
@@ -55,7 +55,7 @@ class Signals:
 
     def _came(self, _signal: int, _frame: FrameType | None) -> None:
         self.count += 1
-        if self.interrupt:
+        if self.interrupt or self.count > 2:
             raise KeyboardInterrupt
 
 

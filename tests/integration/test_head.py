@@ -120,6 +120,7 @@ def test_generation_goes_on_without_the_head_and_everything_is_there_when_it_is_
     while time.monotonic() < end_s:
         assert headed.text() == wanted
         assert httpx.get(f"{headed.url}/health", timeout=WAIT_S).status_code == 200
+        assert headed.workers() == before
         answers += 1
         time.sleep(0.5)
     assert answers >= 3
