@@ -50,38 +50,43 @@ class Answer:
                     self.events.append(json.loads(line.removeprefix("data: ")))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A server, and what it has written so far."""
+
+    process: "subprocess.Popen[bytes]"
+    url: str
+    output: Path
+
+    def is_up_or_gone(self) -> bool:
+        return "is served at" in self.output.read_text() or self.process.poll() is not None
+
+
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """The process, and its address."""
-    file = tmp_path / "cluster.yaml"
+def server(tmp_path: Path) -> Iterator[Process]:
+    """``raymoe serve`` with a Ray of its own, once it serves."""
+    file, output = tmp_path / "cluster.yaml", tmp_path / "output"
     file.write_text(CONFIG)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "raymoe.cli", "serve", str(file), "--port", str(port)]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, text=True, env=environment, **pipes)
+    with output.open("wb") as written:
+        process = subprocess.Popen(command, env=environment, stdout=written, stderr=subprocess.STDOUT)
+    started = Process(process=process, url=f"http://127.0.0.1:{port}", output=output)
     try:
-        yield process, f"http://127.0.0.1:{port}"
+        until(started.is_up_or_gone, "the start")
+        assert process.poll() is None
+        yield started
     finally:
         process.kill()
-        print(process.communicate()[0])  # pytest shows it where the test has failed
+        process.wait()
+        print(output.read_text())  # pytest shows it where the test has failed
 
 
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=10.0).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def test_running_answers_are_finished_new_ones_refused_and_a_second_signal_ends_it(
-    server: tuple["subprocess.Popen[str]", str],
-) -> None:
-    process, url = server
-    until(lambda: answers(url) or process.poll() is not None, "the start")
-    assert process.poll() is None, process.stdout.read() if process.stdout else ""
+def test_running_answers_are_finished_new_ones_refused_and_a_second_signal_ends_it(server: Process) -> None:
+    process, url = server.process, server.url
     short, long = Answer(url, SHORT), Answer(url, LONG)
     until(lambda: bool(short.events and long.events), "the first tokens")
 
