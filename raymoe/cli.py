@@ -103,7 +103,7 @@ def serve(
     name: Annotated[str, typer.Option(help="Name of the application.")] = "raymoe",
     chat: Annotated[str | None, typer.Option(metavar="PROMPT", help="Send one chat message once it runs.")] = None,
 ) -> None:
-    """Serve a model over HTTP with OpenAI's API, until Ctrl-C.
+    """Serve a model over HTTP with OpenAI's API, until Ctrl-C or SIGTERM: what has begun is finished then.
 
     Starts Ray and Ray Serve where they do not run yet (set RAY_ADDRESS to join a cluster), and ends with the
     application whatever it started.

@@ -382,6 +382,22 @@ class ServingConfig(StrictModel):
 
     max_output_tokens: int = Field(4096, ge=1, description="Upper limit for max_tokens of one request.")
     request_timeout_s: float = Field(600.0, gt=0, description="A request that takes longer is ended.")
+    ttft_slo_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Time to first token that is promised: a request that would wait longer, by what was measured, is "
+        "refused at once with 429 and when to come again. Omitted: only trunk.max_waiting bounds the queue.",
+    )
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="How long running requests may go on when the server is told to end."
+    )
+    stuck_timeout_s: float = Field(
+        180.0,
+        gt=0,
+        description="An engine whose step takes longer is taken for stuck and restarted. More than "
+        "scheduling.call_timeout_s, and than reading a long prompt takes.",
+    )
     keys_file: str | None = Field(
         None,
         description="File of API keys on the ingress's node, made by `raymoe keys new`; requests then need a key. More "
@@ -470,6 +486,16 @@ class ClusterConfig(StrictModel):
                     f'{", ".join(away)} has another transport: set transport "local" for every device, '
                     f'or {field} "gate"'
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_lost_call_is_not_a_stuck_engine(self) -> "ClusterConfig":
+        stuck_s, call_s = self.serving.stuck_timeout_s, self.scheduling.call_timeout_s
+        if stuck_s <= call_s:
+            raise ValueError(
+                f"serving.stuck_timeout_s is {stuck_s:g}, but a step may wait scheduling.call_timeout_s, {call_s:g} s, "
+                "for an expert: make it longer"
+            )
         return self
 
     @model_validator(mode="after")

@@ -73,4 +73,18 @@ class StartError(RaymoeError):
 
 
 class OverloadedError(RaymoeError):
-    """Too many requests are waiting already; try again later."""
+    """Too many requests are waiting already; try again later.
+
+    Attributes:
+        retry_after_s: about when there will be room for this request; None where that is not known.
+        full_s: for about so long nobody is expected to leave, so that others like it would be refused as well.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None, full_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.full_s = full_s
+
+
+class DrainingError(RaymoeError):
+    """The server is about to end: it finishes what it has begun and takes nothing new."""

@@ -144,10 +144,17 @@ class Crew:
         self._digests.add(name, unwrapped(self._own(name, keys, fresh and self._loads_all), LOAD_TIMEOUT_S))
 
     def _own(self, name: DeviceName, keys: tuple[ExpertKey, ...], load_all: bool) -> Any:
-        info = self.infos[name]
-        if self.weights is not None:
-            check_same_weights(self.weights, [(name, info.address, info.fingerprint)])
+        self.check_weights(name)
         return self.handles[name].own.remote(keys, load_all, self._digests.of(keys))
+
+    def check_weights(self, *names: DeviceName) -> None:
+        """Raise CheckpointError where one of these workers, or of all, has other weights open than the engine."""
+        if self.weights is None:
+            return
+        known = [
+            (name, info.address, info.fingerprint) for name, info in self.infos.items() if name in (names or self.infos)
+        ]
+        check_same_weights(self.weights, known)
 
     def give_up(self, name: DeviceName, keys: tuple[ExpertKey, ...]) -> None:
         """Let one worker give experts up."""

@@ -24,7 +24,8 @@ CALL_TIMEOUT_S = 5.0
 class Lease:
     """Renews ``holder``'s hold on the workers of ``app`` from a thread of its own, until closed.
 
-    Where the placement actor is not there yet, or restarts, it keeps trying; it never raises.
+    Where the placement actor is not there yet, or restarts, it keeps trying; it never raises. Ray's head is asked for
+    the actor once only, and again where the actor does not answer: while the head is away, calls to actors go on.
 
     Args:
         tell: what each renewal takes along: the engine's counts, or None.
@@ -51,6 +52,7 @@ class Lease:
         self._on_restart = on_restart
         self._on_life = on_life
         self._life: Life | None = None
+        self._placement: Any = None
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._hurry_until_s = self._told_s = 0.0
@@ -70,21 +72,25 @@ class Lease:
         self._wake.set()
         self._thread.join(timeout=CALL_TIMEOUT_S)
         with contextlib.suppress(RayError, ValueError):
-            placement = ray.get_actor(placement_name(self._app), NAMESPACE)
+            placement = self._placement or ray.get_actor(placement_name(self._app), NAMESPACE)
             ray.get(placement.release.remote(self._holder), timeout=CALL_TIMEOUT_S)
 
     def _run(self) -> None:
         while not self._stop.is_set():
             self._wake.clear()
-            with contextlib.suppress(RayError, ValueError):
+            try:
                 self._renew()
+            except (RayError, ValueError):
+                self._placement = None
             if self._stop.wait(HURRY_EVERY_S):
                 return
             if time.monotonic() > self._hurry_until_s:
                 self._wake.wait(RENEW_S - HURRY_EVERY_S)
 
     def _renew(self) -> None:
-        placement = ray.get_actor(placement_name(self._app), NAMESPACE)
+        if self._placement is None:
+            self._placement = ray.get_actor(placement_name(self._app), NAMESPACE)
+        placement = self._placement
         adopted, suspects = self._standing()
         renewed: Any = placement.renew.remote(self._holder, self._told(), adopted=adopted, suspects=suspects)
         life: Any = ray.get(renewed, timeout=CALL_TIMEOUT_S)

@@ -32,6 +32,7 @@ from raymoe.actors.shadow_keeper import ShadowKeeper
 from raymoe.actors.shares import bounded_devices, cluster_fleet, hand_out, spreads
 from raymoe.actors.views import ClusterView
 from raymoe.config import ClusterConfig, SchedulingConfig
+from raymoe.errors import CheckpointError
 from raymoe.observe.metrics import PLACEMENT, Values, of_record
 from raymoe.observe.ray_metrics import Publisher, RayExporter
 from raymoe.observe.stats import ClusterStats, EngineStats
@@ -158,7 +159,7 @@ class PlacementShell:
         Raises StartError, CapacityError or CheckpointError; workers that this call started are ended then.
         """
         with self._start_lock:
-            self._crew.weights = weights
+            self._know_weights(weights)
             with self._members.lock:
                 self._members.roster.join(holder)
                 runs = self._repairs.has_started or bool(self._members.serving())
@@ -178,6 +179,15 @@ class PlacementShell:
             self._connect_shadow(wait_s=SHADOW_START_S)
             self._repairs.start(self._first_target)
             return self.view()
+
+    def _know_weights(self, weights: str) -> None:
+        """Workers that have other weights open end here: those that are started next open what is there now."""
+        self._crew.weights = weights
+        try:
+            self._crew.check_weights()
+        except CheckpointError:
+            self._kill_workers()
+            raise
 
     def _start_first(self, local: dict[DeviceName, int]) -> None:
         crew = self._crew

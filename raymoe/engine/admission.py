@@ -6,15 +6,20 @@ only by those that came at most their advantage in steps times that time later.
 
 Memory is set aside for a request when it begins, as much as its cache may grow to. So a request that runs is never
 without, and nothing has to be taken from anybody; what comes when nothing is left waits.
+
+Who would wait too long for a first token is refused at once (``shedding.py``): whoever asks can go elsewhere, and those
+who wait get what they were promised.
 """
 
 import bisect
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from raymoe.config import TrunkConfig
 from raymoe.engine.prefixes import Kept, PrefixStore
 from raymoe.engine.sequence import RequestId, Sequence
+from raymoe.engine.shedding import Pace, Wait
 from raymoe.errors import OverloadedError
 
 PREFIX_BYTES = 64 << 20  # of kept caches where no memory was set: a few chats of a small model, less than its weights
@@ -49,10 +54,19 @@ class WaitingQueue:
     def __contains__(self, sequence: object) -> bool:
         return any(other is sequence for other in self._sequences)
 
+    def before(self, moment_s: float) -> list[Sequence]:
+        """Those who go before a request of this urgency."""
+        return self._sequences[: bisect.bisect_right(self._sequences, moment_s, key=urgency)]
+
 
 def urgency(sequence: Sequence) -> float:
     """The moment from which a request counts as waiting: the earliest is served first."""
-    return sequence.arrival_s + PRIORITY_STEP_S * sequence.priority
+    return counted_from(sequence.arrival_s, sequence.priority)
+
+
+def counted_from(arrival_s: float, priority: int) -> float:
+    """The same, of a request that is not made yet."""
+    return arrival_s + PRIORITY_STEP_S * priority
 
 
 class KvLedger:
@@ -96,30 +110,71 @@ class Roster:
 
     Only the engine's thread lets in and removes; so it may look through ``running`` without the lock.
 
+    Args:
+        ttft_slo_s: who would wait longer for a first token is refused; None: only the number of those who wait counts.
+        clock: seconds that never go back.
+
     Attributes:
         changed: to be held while several things are asked at once; notified when a request comes or is cancelled.
+        pace: how fast requests leave, and how long prompts take.
         prefixes: kept caches; they take what running requests leave free.
     """
 
-    def __init__(self, config: TrunkConfig) -> None:
+    def __init__(
+        self, config: TrunkConfig, ttft_slo_s: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.changed = threading.Condition()
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.ledger = KvLedger(config.kv_memory)
         limit = (config.kv_memory or PREFIX_BYTES) if config.prefix_memory is None else config.prefix_memory
         self.prefixes = PrefixStore(limit)
+        self.pace = Pace()
         self._config = config
+        self._ttft_slo_s = ttft_slo_s
+        self._clock = clock
 
     def put(self, sequence: Sequence, beside: int = 0) -> None:
-        """Let a request wait. Raises OverloadedError where as many do as may, those ``beside`` these among them."""
+        """Let a request wait. Raises OverloadedError as ``check_room`` does."""
         with self.changed:
-            room = self._config.max_waiting + max(0, self._config.max_running - len(self.running))
-            if len(self.waiting) + beside >= room:
-                raise OverloadedError(
-                    f"{len(self.waiting) + beside} requests are waiting already, no more are taken; try again later"
-                )
+            self.check_room(sequence.priority, sequence.kv_bytes, beside)
             self.waiting.put(sequence)
             self.changed.notify()
+
+    def check_room(self, priority: int = 0, kv_bytes: int = 0, beside: int = 0) -> None:
+        """Raises OverloadedError where as many wait as may, or a request that comes now would wait too long.
+
+        Args:
+            beside: requests that wait elsewhere, which count as well.
+        """
+        with self.changed:
+            now_s, free = self._clock(), max(0, self._config.max_running - len(self.running))
+            before = self.waiting.before(counted_from(now_s, priority))
+            fits = self.ledger.fits(kv_bytes + sum(sequence.kv_bytes for sequence in before))
+            place = max(0, len(before) + 1 - (free if fits else 0))
+            wait, full_s = self.pace.wait(place, now_s), self.pace.interval_s(now_s) or 0.0
+            waiting = len(self.waiting) + beside
+            if waiting >= self._config.max_waiting + free:
+                raise OverloadedError(
+                    f"{waiting} requests are waiting already, no more are taken; try again later",
+                    retry_after_s=None if wait is None else wait.likely_s,
+                    full_s=full_s,
+                )
+            if self._ttft_slo_s is not None:
+                self._check_in_time(place, wait, self._ttft_slo_s, full_s)
+
+    def _check_in_time(self, place: int, wait: Wait | None, slo_s: float, full_s: float) -> None:
+        if wait is None:  # nothing was measured: as many may wait as run, whose turn is the next
+            if place <= self._config.max_running:
+                return
+            raise OverloadedError(f"{place - 1} requests go before this one, and how long they take is not known yet")
+        if place and wait.most_s > slo_s:
+            raise OverloadedError(
+                f"{place - 1} requests go before this one; its first token might take {wait.most_s:.1f} s, more than "
+                f"the {slo_s:g} s that this server promises; try again later",
+                retry_after_s=wait.likely_s,
+                full_s=full_s,
+            )
 
     def cancel(self, request: RequestId) -> None:
         """Mark a request, so that the next step ends it. Unknown ids are ignored."""
@@ -179,4 +234,5 @@ class Roster:
             self.waiting.remove(sequence)
             if sequence in self.running:
                 self.running.remove(sequence)
+                self.pace.left(self._clock(), len(self.waiting) > 0)
             self.ledger.give_back(sequence.id)

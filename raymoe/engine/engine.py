@@ -33,7 +33,7 @@ from raymoe.engine.shortage import Shortage
 from raymoe.engine.text import Decoder
 from raymoe.engine.together import LONE_TOKENS, Done, Part, read_together
 from raymoe.engine.totals import Totals
-from raymoe.errors import EngineStoppedError, ExpertLostError, RaymoeError, RequestError
+from raymoe.errors import DrainingError, EngineStoppedError, ExpertLostError, RaymoeError, RequestError
 from raymoe.model.blocks import MOST_ROWS
 from raymoe.model.kv_size import KvSize
 from raymoe.model.runner import Runner
@@ -59,6 +59,7 @@ class Engine:
         kv: memory of one sequence's cache; omitted: it is not counted.
         owners: knows when experts that nobody could be asked for are back; None: requests that need such ones fail.
         device_of: whose an expert is, to say who is to blame for an output that is no number; omitted: nobody is.
+        ttft_slo_s: who would wait longer for a first token is refused; None: nobody is for that.
         clock: seconds, by which requests wait.
 
     Attributes:
@@ -83,6 +84,7 @@ class Engine:
         kv: KvSize | None = None,
         owners: Owners | None = None,
         device_of: Callable[[ExpertKey], DeviceName] | None = None,
+        ttft_slo_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -103,9 +105,10 @@ class Engine:
             at_once_tokens=LONE_TOKENS if self._reads_pieces else 1 << 30,
         )
         self._ids = itertools.count(secrets.randbelow(MOST_IDS) + 1)  # workers outlive engines: no id twice
-        self._roster = Roster(config)
+        self._roster = Roster(config, ttft_slo_s, clock)
         self._parking = Parking(owners, scheduling.recovery_timeout_s, clock)
-        self._stopping = False
+        self._stopping = self._draining = False
+        self._beat_s = clock()
         self._failure: BaseException | None = None
         self._totals = Totals()
         self._blame = Blame(runner, self._totals, device_of)
@@ -129,7 +132,7 @@ class Engine:
         on_chunk: OnChunk,
         defaults: SamplingDefaults | None = None,
     ) -> RequestId:
-        """Queue a request. Raises RequestError for a bad one, OverloadedError where the queue is full."""
+        """Queue a request. Raises RequestError for a bad one, and what ``check_room`` raises."""
         try:
             alpha = None if params.quality is None else self._scheduling.alpha_of(params.quality)
         except ValueError as error:
@@ -142,19 +145,42 @@ class Engine:
             self.sink.submitted(sequence.id)
         return sequence.id
 
+    def check_room(self, priority: int = 0) -> None:
+        """Whether a request would be taken now, before anything is done for it.
+
+        Raises OverloadedError, DrainingError or EngineStoppedError.
+        """
+        with self._roster.changed:
+            self._check_alive()
+            self._roster.check_room(priority, beside=len(self._parking))
+
     def cancel(self, request: RequestId) -> None:
         """End a request; it gets a last chunk with finish_reason "cancelled". Unknown ids are ignored."""
         with self._roster.changed:
             self._roster.cancel(request)
             self._parking.cancel(request)
 
+    def drain(self) -> None:
+        """Take no new requests; those that wait or run go on."""
+        with self._roster.changed:
+            self._draining = True
+
     def stop(self) -> None:
         """Stop the loop; requests that are not finished end with EngineStoppedError."""
         with self._roster.changed:
             self._stopping = True
             self._roster.changed.notify()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._failure is None:
             self._thread.join(timeout=30)
+
+    def give_up(self, error: BaseException) -> None:
+        """The loop is stuck for good: tell everybody who asked, and take nothing more.
+
+        Without the lock, for whoever is stuck may have it. A loop that comes loose after all ends.
+        """
+        self._failure, self._stopping = error, True
+        for sequence in (*self._roster.running, *self._roster.waiting, *self._parking.sequences()):
+            tell(sequence, error)
 
     def reconfigure(self, scheduling: SchedulingConfig) -> None:
         """Schedule by other settings from the next step on; requests keep the alpha that they asked for."""
@@ -175,6 +201,11 @@ class Engine:
     def failure(self) -> BaseException | None:
         """Why the loop died, or None while it is well."""
         return self._failure
+
+    @property
+    def stalled_s(self) -> float:
+        """Since the loop last began a step, or looked for work: much more than a step takes means that it is stuck."""
+        return self._clock() - self._beat_s
 
     def report(self) -> EngineReport:
         """Counts and totals."""
@@ -214,6 +245,8 @@ class Engine:
             raise EngineStoppedError(f"the engine has failed: {self._failure}") from self._failure
         if self._stopping:
             raise EngineStoppedError("the engine is stopping")
+        if self._draining:
+            raise DrainingError("the server is about to end and takes no new requests")
 
     # --- the engine's thread ----------------------------------------------------------------------------
 
@@ -222,6 +255,7 @@ class Engine:
             torch.set_num_threads(self._config.threads)
         try:
             while not self._stopping:
+                self._beat_s = self._clock()
                 if not self.step():
                     wait_s = PARKED_WAIT_S if len(self._parking) else IDLE_WAIT_S
                     with self._roster.changed:
@@ -380,7 +414,7 @@ class Engine:
                 self._account(sequence, read.cost)
                 if not sequence.unread:
                     if not read.part.decodes:
-                        self._totals.prompt_read(sequence)
+                        self._note_prompt_read(sequence)
                     self._guarded(sequence, partial(self._answers.choose, sequence, read.logits_V.unsqueeze(0), []))
 
     def _read_together(self, parts: list[Part], experts: RowScheduler) -> Done | None:
@@ -419,9 +453,16 @@ class Engine:
         logits_V, sequence.state = self._runner.prefill(sequence.prompt)
         if self._drafting is not None and make_cuttable(sequence.state) is not None:
             self._drafting.end(sequence.id)
-        self._totals.prompt_read(sequence)
+        self._note_prompt_read(sequence)
         self._account(sequence)
         self._answers.choose(sequence, logits_V.unsqueeze(0), [])
+
+    def _note_prompt_read(self, sequence: Sequence) -> None:
+        """The first token follows."""
+        self._totals.prompt_read(sequence)
+        assert sequence.begun_s is not None
+        with self._roster.changed:
+            self._roster.pace.read(self._clock() - sequence.begun_s)
 
     def _decode(self, sequence: Sequence) -> None:
         """Read the last token, and drafts where there are any, as far as the answer may go on."""

@@ -156,6 +156,7 @@ class ModelService:
             kv=kv,
             owners=experts,
             device_of=self._device_of,
+            ttft_slo_s=config.serving.ttft_slo_s,
         )
         self.live = LiveTrace(self._engine, experts, [module for _, module in experts_modules(model)])
         self.meter = LiveMeter(self.live)
@@ -229,13 +230,22 @@ class ModelService:
     # --- asking -----------------------------------------------------------------------------------------
 
     def submit(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk) -> RequestId:
-        """Start a request whose chunks go to ``on_chunk``. Raises RequestError or OverloadedError."""
+        """Start a request whose chunks go to ``on_chunk``. Raises RequestError, OverloadedError or DrainingError."""
+        self._engine.check_room(params.priority)  # before a long prompt is encoded for nothing
         defaults = self.chat_defaults if is_chat(prompt) else self.defaults
         return self._engine.submit(self.encode(prompt), params, on_chunk, defaults)
 
     def cancel(self, request: RequestId) -> None:
         """End a request early."""
         self._engine.cancel(request)
+
+    def drain(self) -> None:
+        """Take no new requests; those under way go on. ``report`` tells how many there are."""
+        self._engine.drain()
+
+    def give_up(self, error: BaseException) -> None:
+        """The engine's thread is stuck for good: end every request with ``error``, which is the failure from now on."""
+        self._engine.give_up(error)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
         """Chunks of an answer as they come. Leaving the loop early cancels the request.
@@ -301,6 +311,11 @@ class ModelService:
     def failure(self) -> BaseException | None:
         """Why generation no longer works, or None while it does."""
         return self._engine.failure
+
+    @property
+    def stalled_s(self) -> float:
+        """Since the engine's thread last began a step or looked for work, in seconds."""
+        return self._engine.stalled_s
 
     def report(self) -> EngineReport:
         """Counts and totals of the engine."""

@@ -16,6 +16,7 @@ from raymoe.serve.admin import Admin
 from raymoe.serve.answering import Answering
 from raymoe.serve.backend import Backend
 from raymoe.serve.body_limit import BodyLimit
+from raymoe.serve.crowd import CrowdLimit
 from raymoe.serve.errors import describe
 from raymoe.serve.guard import Guard
 from raymoe.serve.key_source import KeySource
@@ -26,6 +27,7 @@ from raymoe.serve.tokens import Tokens
 STATS_KEEP_S = 0.9  # pages ask about once a second, however many there are
 MAX_BODY_BYTES = 8 << 20  # a prompt of a million tokens takes about 4 MB as text, 7 MB as token ids
 MOST_CHOICES = 64  # of one request, where the engine would hold more
+MOST_AT_ONCE = 1024  # requests under way, where nobody says how many the engine holds
 
 
 class Api:
@@ -34,12 +36,20 @@ class Api:
     Args:
         model: the served model's name.
         most_choices: answers of one request that the engine could hold at a time.
+        most_at_once: requests under way; more are refused before they are read.
         keys: who may ask; None: everybody.
     """
 
     def __init__(
-        self, backend: Backend, model: str, *, most_choices: int = MOST_CHOICES, keys: KeySource | None = None
+        self,
+        backend: Backend,
+        model: str,
+        *,
+        most_choices: int = MOST_CHOICES,
+        most_at_once: int = MOST_AT_ONCE,
+        keys: KeySource | None = None,
     ) -> None:
+        self.most_at_once = most_at_once
         self.backend = self._backend = backend
         self._model = model
         self._created = int(time.time())
@@ -71,7 +81,8 @@ class Api:
             card = await self._backend.card()
         except Exception as error:  # the edge of the process
             answer = describe(error)
-            return JSONResponse({"status": "unavailable", "model": self._model, **answer.body}, 503)
+            status = "draining" if answer.code == "draining" else "unavailable"
+            return JSONResponse({"status": status, "model": self._model, **answer.body}, 503)
         return JSONResponse({"status": "ok", "model": card["name"]})
 
 
@@ -88,6 +99,7 @@ def create_app(
     """
     app = FastAPI(title="raymoe", lifespan=(lambda _: lifespan) if lifespan is not None else None)
     app.add_middleware(BodyLimit, limit_bytes=MAX_BODY_BYTES)
+    app.add_middleware(CrowdLimit, most=api.most_at_once)
     app.add_middleware(
         Guard, keys=api.keys, open_paths=(*OPEN_PATHS, *watching.OPEN_PATHS)
     )  # the outermost: who may not ask has nothing read

@@ -12,10 +12,10 @@ from raymoe.serve.ingress import Ingress
 from raymoe.serve.key_source import environment_keys
 
 SHED_ROOM = 256  # requests under way beside those the engine takes, so that it can refuse them itself, in JSON
+LOOK_ROOM = 256  # requests that only look, and those that an ingress is about to refuse
 CPU_SHARE = 0.1  # of what Ray counts, so that a machine of two cores holds several applications
-GRACE_S = 10.0  # for running answers when the application is deleted
 START_ATTEMPTS = 1  # what stops an engine at first is told at once; one that has run is restarted for ever
-HEALTH_PERIOD_S = 5.0
+HEALTH_PERIOD_S = 1.0  # the mean time to notice a death is half of it; a check costs about a millisecond
 HEALTH_TIMEOUT_S = 30.0  # a long prefill on few cores keeps the interpreter busy
 
 
@@ -29,7 +29,7 @@ def build_application(config: ClusterConfig) -> Application:
     """
     engine = serve.deployment(name="engine", **engine_options(config))(EngineServer)
     ingress = serve.deployment(name="ingress", **ingress_options(config))(serve.ingress()(Ingress))
-    return ingress.bind(config, engine.bind(config), environment_keys(os.environ))
+    return ingress.bind(config, engine.bind(config), environment_keys(os.environ), most_at_once(config))
 
 
 def engine_options(config: ClusterConfig) -> dict[str, Any]:
@@ -50,14 +50,22 @@ def engine_options(config: ClusterConfig) -> dict[str, Any]:
 
 def ingress_options(config: ClusterConfig) -> dict[str, Any]:
     """Serve's options of the ingress."""
-    return {**_common(config), "ray_actor_options": {"num_cpus": 0}}
+    most = most_at_once(config) + LOOK_ROOM
+    return {**_common(config), "max_ongoing_requests": most, "ray_actor_options": {"num_cpus": 0}}
+
+
+def most_at_once(config: ClusterConfig) -> int:
+    """Requests under way that an ingress lets in: what the engine takes, and some that it refuses itself."""
+    return config.trunk.max_running + config.trunk.max_waiting + SHED_ROOM
 
 
 def _common(config: ClusterConfig) -> dict[str, Any]:
+    """Serve queues what is beyond ``max_ongoing_requests`` with whoever sends it; that has an end as well."""
     return {
-        "max_ongoing_requests": config.trunk.max_running + config.trunk.max_waiting + SHED_ROOM,
+        "max_ongoing_requests": most_at_once(config),
+        "max_queued_requests": most_at_once(config),
         "graceful_shutdown_wait_loop_s": 0.2,
-        "graceful_shutdown_timeout_s": GRACE_S,
+        "graceful_shutdown_timeout_s": config.serving.drain_timeout_s,
         "health_check_period_s": HEALTH_PERIOD_S,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
     }

@@ -1,22 +1,24 @@
 """The engine as the ingress sees it: a Serve handle with our own errors, timeouts and cancellation."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray.serve.handle import DeploymentHandle
 
 from raymoe.engine.request import SamplingParams
-from raymoe.errors import EngineStoppedError
+from raymoe.errors import EngineStoppedError, OverloadedError
 from raymoe.serve.batch import Batch
 from raymoe.serve.errors import RequestTimeoutError, unwrap
+from raymoe.serve.refusals import Refusals
 
 if TYPE_CHECKING:
     from raymoe.engine.prompts import Prompt
     from raymoe.observe.stats import ClusterStats
 
 ACCEPT_TIMEOUT_S = 15.0  # to reach the engine and encode the prompt; an engine that restarts takes longer
-CARD_TIMEOUT_S = 5.0  # health probes usually wait no longer
+CARD_TIMEOUT_S = 2.0  # the engine answers within milliseconds; health probes usually wait hardly longer
 STATS_TIMEOUT_S = 20.0  # the engine asks every worker, and waits 15 s for one that is silent
 LATE_S = 5.0  # the engine ends late requests itself; this is for one that no longer does
 
@@ -28,12 +30,16 @@ class EngineClient:
         self._handle = handle
         self._streaming = handle.options(stream=True)
         self._timeout_s = request_timeout_s + LATE_S
+        self._refusals = Refusals(time.monotonic)
 
     async def stream(self, prompt: "Prompt", params: SamplingParams | Mapping[str, Any]) -> AsyncGenerator[Batch]:
         """The batches of an answer; see ``EngineServer.stream``. Closing the generator cancels the request.
 
-        Raises EngineStoppedError where the engine can't be reached or ends, beside the engine's own errors.
+        Raises EngineStoppedError where the engine can't be reached or ends, beside the engine's own errors; and
+        OverloadedError without asking it where it has refused another one a moment ago.
         """
+        priority = params.get("priority", 0) if isinstance(params, Mapping) else params.priority
+        self._refusals.check(priority)
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._timeout_s
         response = self._streaming.stream.remote(prompt, params)
@@ -45,6 +51,10 @@ class EngineClient:
                 batch = await _next(response, deadline, late)
                 finished = batch.last is not None
                 yield batch
+        except OverloadedError as error:
+            self._refusals.note(error, priority)
+            finished = True
+            raise
         finally:
             if not finished:
                 response.cancel()
@@ -57,6 +67,10 @@ class EngineClient:
         """Devices and engine; with ``names`` also those of the resident experts."""
         return await self._call("stats", STATS_TIMEOUT_S, names)
 
+    async def drain(self, limit_s: float) -> int:
+        """See ``EngineServer.drain``."""
+        return await self._call("drain", limit_s + LATE_S, limit_s)
+
     async def tokenize(self, prompt: "Prompt") -> list[int]:
         """Token ids of a prompt."""
         return await self._call("tokenize", ACCEPT_TIMEOUT_S, prompt)
@@ -67,7 +81,7 @@ class EngineClient:
 
     async def settings(self) -> dict[str, Any]:
         """The settings of scheduling in force."""
-        return await self._call("settings", CARD_TIMEOUT_S)
+        return await self._call("settings", ACCEPT_TIMEOUT_S)
 
     async def change_settings(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Change some settings; returns all."""

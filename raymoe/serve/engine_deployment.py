@@ -1,7 +1,9 @@
 """The engine behind a Serve handle: trunk, KV cache and sampling in one replica, experts on their workers."""
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -11,7 +13,7 @@ from ray import serve
 
 from raymoe.config import ClusterConfig, UserConfig
 from raymoe.engine.request import Chunk, SamplingParams
-from raymoe.errors import EngineStoppedError, RaymoeError
+from raymoe.errors import DrainingError, EngineStoppedError, RaymoeError
 from raymoe.serve.batch import Batch
 from raymoe.serve.errors import RequestTimeoutError
 from raymoe.serve.inbox import Bell, Inbox
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from raymoe.observe.stats import ClusterStats
 
 log = logging.getLogger("ray.serve")  # which Serve writes to the log of the replica
+
+DRAIN_LOOK_S = 0.05  # between looks whether the last answer has ended
 
 
 class EngineServer:
@@ -41,7 +45,8 @@ class EngineServer:
         self._session: Session | None = session
         self._service = session.service
         self._config = config
-        self._has_started = False
+        self._has_started = self._draining = False
+        self._streams = 0
         self._timeout_s = config.serving.request_timeout_s
         self._token_texts: dict[int, str] = {}
         self._bell: Bell | None = None
@@ -49,13 +54,21 @@ class EngineServer:
     async def stream(self, prompt: "Prompt", params: SamplingParams | Mapping[str, Any]) -> AsyncGenerator[Batch]:
         """An answer, in batches of chunks that were ready together; the first one is empty and says "accepted".
 
-        Closing the generator cancels the request. Raises RequestError, OverloadedError or EngineStoppedError,
-        and RequestTimeoutError where it takes longer than serving.request_timeout_s.
+        Closing the generator cancels the request. Raises RequestError, OverloadedError, DrainingError or
+        EngineStoppedError, and RequestTimeoutError where it takes longer than serving.request_timeout_s.
 
         Args:
             params: how to sample; a mapping has the fields of SamplingParams and ``ModelService``'s defaults.
         """
-        params = _sampling(params)
+        self._streams += 1
+        try:
+            async with contextlib.aclosing(self._answer(prompt, _sampling(params))) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            self._streams -= 1
+
+    async def _answer(self, prompt: "Prompt", params: SamplingParams) -> AsyncGenerator[Batch]:
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         if self._bell is None or self._bell.loop is not asyncio.get_running_loop():
             self._bell = Bell()
@@ -104,11 +117,14 @@ class EngineServer:
         return self._token_texts[token]
 
     async def card(self) -> dict[str, Any]:
-        """The served model: ModelCard's fields. Raises EngineStoppedError where generation no longer works.
+        """The served model: ModelCard's fields.
 
-        A plain dict, for the record's own module would bring torch into the ingress.
+        Raises EngineStoppedError where generation no longer works, and DrainingError where nothing new is taken. A
+        plain dict, for the record's own module would bring torch into the ingress.
         """
         self.check_health()
+        if self._draining:
+            raise DrainingError("the server is about to end and takes no new requests")
         return asdict(self._service.card)
 
     async def stats(self, names: bool = True) -> "ClusterStats":
@@ -169,9 +185,34 @@ class EngineServer:
         else:
             self._session.refused_settings = None
 
+    async def drain(self, limit_s: float) -> int:
+        """Take nothing new, and wait until what is under way has ended. For good: this replica is about to end.
+
+        What has not ended after ``limit_s`` seconds is, with EngineStoppedError; returns how many that were.
+        """
+        self._draining = True
+        self._service.drain()
+        end_s = time.monotonic() + limit_s
+        while self._streams and time.monotonic() < end_s:
+            await asyncio.sleep(DRAIN_LOOK_S)
+        if left := self._streams:
+            self._service.give_up(EngineStoppedError("the server was ended before the answer was complete"))
+        return left
+
     def check_health(self) -> None:
-        """Called by Serve, for the first time at the end of the start; it replaces a replica whose check raises."""
+        """Called by Serve, for the first time at the end of the start; it replaces a replica whose check raises.
+
+        An engine whose thread is stuck won't come loose, and holds every request: they are ended here.
+        """
         self._has_started = True
+        stalled_s = self._service.stalled_s
+        if self._service.failure is None and stalled_s > self._config.serving.stuck_timeout_s:
+            error = EngineStoppedError(
+                f"the engine has been stuck for {stalled_s:.0f} s and is being restarted; where steps do take longer, "
+                "raise serving.stuck_timeout_s"
+            )
+            log.error("%s", error)
+            self._service.give_up(error)
         if self._service.failure is not None:
             raise EngineStoppedError(f"the engine has failed: {self._service.failure}")
 

@@ -4,6 +4,7 @@ What crosses a Serve handle arrives wrapped by Ray; ``unwrap`` gives our own err
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from raymoe.errors import (
     CapacityError,
+    DrainingError,
     EngineStoppedError,
     ExpertOutputError,
     ExpertUnavailableError,
@@ -90,8 +92,13 @@ def describe(error: BaseException) -> ApiError:
                 status=404, message=message, type="invalid_request_error", param="model", code="model_not_found"
             )
         case OverloadedError():
+            retry_after_s = max(RETRY_AFTER_S, math.ceil(error.retry_after_s or 0))
             return ApiError(
-                status=429, message=message, type="rate_limit_error", code="overloaded", retry_after_s=RETRY_AFTER_S
+                status=429, message=message, type="rate_limit_error", code="overloaded", retry_after_s=retry_after_s
+            )
+        case DrainingError():
+            return ApiError(
+                status=503, message=message, type="unavailable", code="draining", retry_after_s=RESTART_RETRY_AFTER_S
             )
         case EngineStoppedError() | ExpertUnavailableError():
             return ApiError(

@@ -1,5 +1,6 @@
 """An application in the foreground: start what is missing, serve until told to stop, end what was started."""
 
+import contextlib
 import logging
 import os
 import re
@@ -12,14 +13,50 @@ from types import FrameType
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from raymoe import errors
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig
 from raymoe.errors import ConfigError, RaymoeError, StartError
 
+log = logging.getLogger(__name__)
+
 WATCH_S = 2.0  # how often the running application is looked at
+LOOK_S = 0.1  # how often whether a signal has come
+DRAIN_ANSWER_S = 10.0  # for the engine to say that it has drained, beyond what draining may take
 ENDED = ("DEPLOY_FAILED", "DELETING")
+
+
+class Signals:
+    """SIGTERM and Ctrl-C. They interrupt a start; afterwards two are counted, so as not to break into Ray's own code.
+
+    Attributes:
+        interrupt: whether a signal raises KeyboardInterrupt.
+        count: of signals so far.
+    """
+
+    def __init__(self) -> None:
+        self.interrupt = True
+        self.count = 0
+        self.install()
+
+    def install(self) -> None:
+        """Take the signals over from whoever has them."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._came)
+
+    def came_within(self, timeout_s: float) -> bool:
+        """Wait, and tell whether a signal has come."""
+        end_s = time.monotonic() + timeout_s
+        while not self.count and time.monotonic() < end_s:
+            time.sleep(LOOK_S)
+        return self.count > 0
+
+    def _came(self, _signal: int, _frame: FrameType | None) -> None:
+        self.count += 1
+        if self.interrupt or self.count > 2:
+            raise KeyboardInterrupt
 
 
 def serve_in_foreground(
@@ -34,8 +71,9 @@ def serve_in_foreground(
 ) -> None:
     """Serve ``config`` as application ``name`` until Ctrl-C, SIGTERM, or until someone deletes it.
 
-    Ray and Serve are started where none runs, and ended then. Leaving in any way deletes the application.
-    Raises RaymoeError where the start fails, or the application breaks later.
+    At the first signal running requests go on for up to ``serving.drain_timeout_s`` and new ones are refused; at the
+    second they are ended. Ray and Serve are started where none runs, and ended then. Leaving in any way deletes the
+    application. Raises RaymoeError where the start fails, or the application breaks later.
 
     Args:
         on_stage: told of each stage of the start.
@@ -47,19 +85,24 @@ def serve_in_foreground(
         on_stage(f"opening {config.model.source}")
         # a bad checkpoint should be told before Ray is started for it
         open_checkpoint(config.model.source, config.model.dtype, trust_remote_code=config.model.trust_remote_code)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signals = Signals()
     owns_serve = False
     try:
         if not ray.is_initialized():
             on_stage("joining Ray" if joins_cluster else "starting Ray")
             connect_ray(verbose)
-            signal.signal(signal.SIGTERM, _interrupt)  # ray.init has put its own in place
+            signals.install()  # ray.init has put its own in place
         owns_serve = not serve_is_running()
         host, port = start_serve(host, port) if owns_serve else (host, serve_port())
         on_stage(f'starting application "{name}" on {len(config.devices)} devices')
         start_application(config, name)
         on_ready(base_url(host, port))
-        watch(name)
+        signals.interrupt = False
+        watch(name, signals)
+        if signals.count:
+            limit_s = config.serving.drain_timeout_s
+            on_stage(f'finishing what "{name}" has begun, for {limit_s:g} s at most (once more: end at once)')
+            drain(name, limit_s, signals)
     except KeyboardInterrupt:
         on_stage(f'stopping "{name}"')
     finally:
@@ -133,10 +176,34 @@ def failure_of(name: str, text: str) -> RaymoeError:
     return StartError(f'application "{name}" did not start: {last.strip()}')
 
 
-def watch(name: str) -> None:
-    """Return when the application is gone. Raises StartError where it breaks for good or Ray ends."""
-    while True:
-        time.sleep(WATCH_S)
+def drain(name: str, limit_s: float, signals: Signals) -> None:
+    """Let no new requests in, and those under way end; after ``limit_s`` seconds, or another signal, with an error.
+
+    Raises nothing where the application can't be reached: it is about to be deleted anyway.
+    """
+    before, end_s = signals.count, time.monotonic() + limit_s + DRAIN_ANSWER_S
+    try:
+        handle = serve.get_app_handle(name)
+        response = handle.drain.remote(limit_s)
+        while time.monotonic() < end_s:
+            with contextlib.suppress(TimeoutError):
+                ended = response.result(timeout_s=LOOK_S)
+                break
+            if signals.count > before:
+                response, end_s = handle.drain.remote(0.0), time.monotonic() + DRAIN_ANSWER_S
+                before = signals.count
+        else:
+            raise TimeoutError("no answer")
+    except (RayError, RayServeException, RaymoeError, TimeoutError) as error:
+        log.warning("%s could not be drained: %s", name, error)
+        return
+    if ended:
+        log.warning("%d requests of %s were ended before their answers were complete", ended, name)
+
+
+def watch(name: str, signals: Signals) -> None:
+    """Return when a signal has come, or the application is gone. Raises StartError where Ray ends."""
+    while not signals.came_within(WATCH_S):
         try:
             application = serve.status().applications.get(name)
         except RayError as error:
@@ -155,7 +222,7 @@ def end(name: str, owns_serve: bool) -> None:
         if owns_serve and not ray_is_ours():
             serve.shutdown()
     except RayError as error:
-        logging.getLogger(__name__).warning("could not end %s cleanly: %s", name, error)
+        log.warning("could not end %s cleanly: %s", name, error)
     finally:
         ray.shutdown()
 
@@ -164,7 +231,3 @@ def base_url(host: str, port: int) -> str:
     """Where a client on this machine reaches the server."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{port}"
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -37,8 +37,11 @@ class Ingress:
     ``.options(stream=True)``) and ``stats`` answer there as ``raymoe.launch``'s do.
     """
 
-    def __init__(self, config: ClusterConfig, engine: DeploymentHandle, keys: tuple[Key, ...] = ()) -> None:
+    def __init__(
+        self, config: ClusterConfig, engine: DeploymentHandle, keys: tuple[Key, ...], most_at_once: int
+    ) -> None:
         self._config = config
+        self._most_at_once = most_at_once
         self._client = EngineClient(engine, config.serving.request_timeout_s)
         file = config.serving.keys_file
         self._keys = KeySource(Path(file).expanduser() if file is not None else None, keys)
@@ -53,6 +56,7 @@ class Ingress:
             self._client,
             self._config.model.served_name,
             most_choices=trunk.max_running + trunk.max_waiting,
+            most_at_once=self._most_at_once,
             keys=self._keys,
         )
         if not self._keys.required:
@@ -73,6 +77,10 @@ class Ingress:
     async def stats(self) -> "ClusterStats":
         """Devices and engine."""
         return await self._client.stats(names=True)
+
+    async def drain(self, limit_s: float) -> int:
+        """See ``EngineServer.drain``: nothing new is taken, whichever ingress it comes to."""
+        return await self._client.drain(limit_s)
 
 
 @contextlib.asynccontextmanager

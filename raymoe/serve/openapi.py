@@ -53,7 +53,7 @@ ERRORS = {
     "413": "The body is too large.",
     "429": "Too many requests, by this key or altogether; see Retry-After.",
     "500": "An unexpected failure; the server's log says more.",
-    "503": "The engine is starting, restarting or gone; see Retry-After.",
+    "503": "The engine is starting, restarting, draining or gone; see Retry-After.",
     "504": "The request took longer than serving.request_timeout_s.",
 }
 OPEN_PATHS = ("/health",)  # need no key ever

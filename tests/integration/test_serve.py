@@ -3,7 +3,9 @@
 One cluster serves every test here; the tests that break something come last.
 """
 
+import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -25,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeDeploySchema
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.overload import open_loop
 from deployments.app import app as bound_application
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
 from raymoe.engine.request import Result
@@ -357,6 +360,15 @@ def test_a_full_server_sheds_with_json(second: Server) -> None:
     until(lambda: second.running() == 0, "the end of the request", 10.0)
 
 
+def test_under_far_too_many_requests_each_is_answered_whole_or_refused_properly(second: Server) -> None:
+    port = int(second.url.split(":")[2].split("/")[0])
+    run = asyncio.run(open_loop(port, rate=30.0, seconds=4.0, seed=1, prefix="/second"))
+    assert run.wrong() == {}
+    assert len(run.admitted()) + len(run.refused()) == len(run.outcomes) > 80
+    assert len(run.admitted()) >= 1 and len(run.refused()) > len(run.outcomes) // 3
+    until(lambda: second.running() == 0, "the end of all requests", 10.0)
+
+
 def test_deleting_an_application_ends_its_actors_only(server: Server, second: Server) -> None:
     serve.delete("second")
     until(lambda: actor_names("second") == [], "the end of the second application's actors", 10.0)
@@ -419,7 +431,7 @@ def test_a_changed_user_config_is_in_force_without_a_restart(tuned: Server) -> N
         return tuned.get("/v1/stats").json()["engine"]
 
     def pids() -> list[int]:
-        return [engine_pid("tuned"), *(device.pid for device in tuned.stats().devices.values())]
+        return [replica_pid("engine", "tuned"), *(device.pid for device in tuned.stats().devices.values())]
 
     def in_worker() -> float:
         worker = ray.get_actor("raymoe:tuned:worker:edge-0", "raymoe")
@@ -473,18 +485,63 @@ def test_the_page_and_what_it_looks_at(server: Server) -> None:
 # --- an engine that dies --------------------------------------------------------------------------------
 
 
-def engine_pid(app: str = "raymoe") -> int:
-    """Process id of an application's engine replica."""
-    title = f"ray::ServeReplica:{app}:engine"
+def replica_pid(deployment: str, app: str = "raymoe") -> int:
+    """Process id of a deployment's one replica."""
+    title = f"ray::ServeReplica:{app}:{deployment}"
     [process] = [one for one in psutil.Process().children(recursive=True) if "".join(one.cmdline()).startswith(title)]
     return process.pid
 
 
+def whole_text(lines: Iterator[str]) -> str:
+    """Of a stream that ends well."""
+    *events, done = [line.removeprefix("data: ") for line in lines if line]
+    assert done == "[DONE]"
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
+def test_generation_goes_on_when_the_placement_actor_dies(server: Server) -> None:
+    with long_stream(server) as lines:
+        undisturbed = whole_text(lines)
+    with long_stream(server) as lines:
+        first = next(lines)
+        ray.kill(ray.get_actor("raymoe:raymoe:placement", "raymoe"), no_restart=False)
+        assert whole_text(itertools.chain([first], lines)) == undisturbed
+
+    def is_back() -> bool:
+        answer = server.get("/v1/stats")
+        return answer.status_code == 200 and len(answer.json()["devices"]) == 2
+
+    until(is_back, "the return of the placement actor")
+
+
+def test_an_ingress_that_dies_is_replaced_and_leaves_nothing_in_the_engine(server: Server) -> None:
+    wanted = server.post("/v1/completions", {"prompt": PROMPT, **GREEDY}).json()["choices"][0]["text"]
+    engine = replica_pid("engine")
+    with contextlib.suppress(httpx.HTTPError), long_stream(server) as lines:
+        next(lines)
+        os.kill(replica_pid("ingress"), signal.SIGKILL)
+        assert not any("[DONE]" in line for line in lines), "the client of a dead ingress sees its stream break off"
+
+    def answers() -> bool:
+        answer = server.post("/v1/completions", {"prompt": PROMPT, **GREEDY})
+        return answer.status_code == 200 and answer.json()["choices"][0]["text"] == wanted
+
+    until(answers, "the next answer")
+    until(lambda: server.running() == 0, "the end of the request that nobody reads any more")
+    stats = server.stats().engine
+    assert stats is not None and stats.kv_bytes == 0
+    assert replica_pid("engine") == engine
+
+
 def test_an_engine_that_dies_is_told_replaced_and_leaves_the_workers_alone(server: Server) -> None:
-    pids = {name: device.pid for name, device in server.stats().devices.items()}
+    def loaded() -> dict[str, tuple[int, int, int]]:
+        return {name: (device.pid, device.owned, device.host_bytes) for name, device in server.stats().devices.items()}
+
+    before = loaded()
+    wanted = server.post("/v1/completions", {"prompt": PROMPT, **GREEDY}).json()["choices"][0]["text"]
     with long_stream(server) as lines:
         next(lines)
-        os.kill(engine_pid(), signal.SIGKILL)
+        os.kill(replica_pid("engine"), signal.SIGKILL)
         *_, error, done = [line for line in lines if line]
     assert json.loads(error.removeprefix("data: "))["error"]["type"] == "unavailable"
     assert done == "data: [DONE]"
@@ -507,7 +564,8 @@ def test_an_engine_that_dies_is_told_replaced_and_leaves_the_workers_alone(serve
     looking.join()
     assert set(seen) <= {503, 200}
     assert 503 in healths
-    assert {name: device.pid for name, device in server.stats().devices.items()} == pids
+    assert loaded() == before, "the workers are the same, with what they had in memory"
+    assert server.post("/v1/completions", {"prompt": PROMPT, **GREEDY}).json()["choices"][0]["text"] == wanted
 
 
 # --- the end (last in the file) -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import pickle
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.serve.exceptions import BackPressureError
 from raymoe.engine.request import Chunk, TokenLogprob, Usage
 from raymoe.errors import (
     CapacityError,
+    DrainingError,
     EngineStoppedError,
     ExpertOutputError,
     ExpertUnavailableError,
@@ -195,6 +197,7 @@ FAILURES = [
     (RequestError("max_tokens is 0", param="max_tokens"), 400, "invalid_request_error", None),
     (OverloadedError("full"), 429, "rate_limit_error", "overloaded"),
     (EngineStoppedError("gone"), 503, "unavailable", "unavailable"),
+    (DrainingError("ending"), 503, "unavailable", "draining"),
     (ExpertUnavailableError("lost"), 503, "unavailable", "unavailable"),
     (RequestTimeoutError("late"), 504, "timeout", "timeout"),
     (CapacityError("no memory"), 500, "server_error", "out_of_memory"),
@@ -214,6 +217,42 @@ def test_errors_before_the_first_byte_have_their_status(
     told = answer.json()["error"]
     assert (told["type"], told["code"]) == (kind, code)
     assert ("retry-after" in answer.headers) == (status in (429, 503))
+
+
+@pytest.mark.parametrize(("wait_s", "told"), [(None, "1"), (0.2, "1"), (3.2, "4")])
+def test_who_is_shed_hears_when_to_come_again(wait_s: float | None, told: str) -> None:
+    refusal = pickle.loads(pickle.dumps(OverloadedError("full", retry_after_s=wait_s)))  # as it crosses a handle
+    answer = ask(Script(refusal), "/v1/chat/completions", CHAT)
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, told)
+
+
+def test_beyond_a_number_requests_are_refused_before_anything_is_done_for_them() -> None:
+    class Slow(Script):
+        async def stream(self, prompt: Any, params: Any) -> AsyncGenerator[Batch]:
+            async for batch in super().stream(prompt, params):
+                await free.wait()
+                yield batch
+
+    script, free = Slow(), asyncio.Event()
+    api = Api(script, "tiny", most_at_once=2)
+
+    async def crowd() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(create_app(api))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            under_way = [asyncio.create_task(client.post("/v1/completions", json={"prompt": "a"})) for _ in range(2)]
+            while len(script.asked) < 2:
+                await asyncio.sleep(0)
+            beyond = await client.post("/v1/completions", json={"prompt": "a"})
+            looking = await client.get("/health")
+            free.set()
+            later = [*await asyncio.gather(*under_way), await client.post("/v1/completions", json={"prompt": "a"})]
+            return [beyond, looking, *later]
+
+    beyond, *others = asyncio.run(crowd())
+    assert beyond.status_code == 429 and int(beyond.headers["retry-after"]) >= 1
+    assert beyond.json()["error"]["code"] == "overloaded"
+    assert [answer.status_code for answer in others] == [200] * 4
+    assert len(script.asked) == 3
 
 
 def test_an_unexpected_error_does_not_tell_its_details() -> None:
@@ -329,6 +368,11 @@ def test_openais_client_reads_what_it_knows_and_keeps_the_rest() -> None:
     body = {"prompt": "hi", "stream": True, "stream_options": {"include_usage": True}}
     last = Completion.model_validate(stream_of(ask(Script(), "/v1/completions", body))[-1])
     assert last.usage is not None and last.usage.routing == COST  # type: ignore[attr-defined]
+
+
+def test_health_says_that_the_server_is_draining() -> None:
+    answer = ask(Script(DrainingError("about to end")), "/health")
+    assert (answer.status_code, answer.json()["status"]) == (503, "draining")
 
 
 def test_health_follows_the_engine() -> None:

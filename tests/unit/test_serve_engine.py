@@ -12,6 +12,7 @@ from raymoe.config import ClusterConfig, SchedulingConfig
 from raymoe.engine.request import Chunk, SamplingParams, TokenLogprob
 from raymoe.errors import (
     ConfigError,
+    DrainingError,
     EngineStoppedError,
     ExpertUnavailableError,
     OverloadedError,
@@ -38,10 +39,13 @@ class Service:
         self.cancelled: list[int] = []
         self.params: Any = None
         self.failure: BaseException | None = None
+        self.stalled_s = 0.0
+        self.drained = False
+        self.on_chunk: Callable[[Any], None] = lambda item: None
         self.tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
 
     def submit(self, prompt: Any, params: Any, on_chunk: Callable[[Any], None]) -> int:
-        self.params = params
+        self.params, self.on_chunk = params, on_chunk
         if self.refusal is not None:
             raise self.refusal
         for item in self.items:
@@ -50,6 +54,13 @@ class Service:
 
     def cancel(self, request: int) -> None:
         self.cancelled.append(request)
+
+    def drain(self) -> None:
+        self.drained = True
+
+    def give_up(self, error: BaseException) -> None:
+        self.failure = error
+        self.on_chunk(error)
 
 
 class Session:
@@ -156,6 +167,60 @@ def test_health_tells_a_dead_engine() -> None:
     service.failure = RuntimeError("out of memory")
     with pytest.raises(EngineStoppedError, match="out of memory"):
         engine.check_health()
+
+
+def test_an_engine_that_is_stuck_ends_its_requests_and_is_unwell_from_then_on() -> None:
+    service = Service(Chunk(text="a", token_ids=(1,)))
+    engine = server(service)
+
+    async def read() -> None:
+        stream = engine.stream("hi", PARAMS)
+        assert [(await anext(stream)).text, (await anext(stream)).text] == ["", "a"]
+        engine.check_health()
+        service.stalled_s = 181.0
+        for _ in range(2):
+            with pytest.raises(EngineStoppedError, match=r"stuck for 181 s.*serving\.stuck_timeout_s"):
+                engine.check_health()
+        with pytest.raises(EngineStoppedError, match="stuck for 181 s"):
+            await anext(stream)
+
+    asyncio.run(read())
+
+
+def test_draining_waits_for_those_under_way_and_refuses_the_others() -> None:
+    service = Service(Chunk(text="a", token_ids=(1,)))
+    engine = server(service)
+
+    async def drain() -> None:
+        stream = engine.stream("hi", PARAMS)
+        await anext(stream)
+        draining = asyncio.create_task(engine.drain(60.0))
+        await asyncio.sleep(0)
+        await anext(stream)
+        assert service.drained and not draining.done()
+        engine.check_health()
+        with pytest.raises(DrainingError):
+            await engine.card()
+        service.on_chunk(LAST)
+        assert [batch.text async for batch in stream] == ["!"]
+        assert await draining == 0
+
+    asyncio.run(drain())
+    assert service.failure is None
+
+
+def test_what_is_not_finished_in_time_ends_with_an_error() -> None:
+    engine = server(Service(Chunk(text="a", token_ids=(1,))))
+
+    async def drain() -> None:
+        stream = engine.stream("hi", PARAMS)
+        await anext(stream)
+        await anext(stream)
+        assert await engine.drain(0.0) == 1
+        with pytest.raises(EngineStoppedError, match="was ended before the answer was complete"):
+            await anext(stream)
+
+    asyncio.run(drain())
 
 
 def reconfigured(*user_configs: Any, started: bool = True, refusal: RaymoeError | None = None) -> Session:
