@@ -125,6 +125,8 @@ class TrunkConfig(StrictModel):
         description="On a GPU that is the only device too: replay captured graphs for single tokens, with kernels of "
         "raymoe's own where Triton is installed.",
     )
+    node_labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels the engine must match.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Ray resources the engine takes.")
 
 
 Policy = Literal["on_demand", "all_resident", "importance", "on_demand_shadow", "joint"]
