@@ -10,8 +10,8 @@ from torch import nn
 
 from predictor.quantize import matrix_form
 from raymoe.experts.compute import WeightTable
-from raymoe.kernels import native
-from raymoe.kernels.native import COMPILERS, NativeKernels, load_native
+from raymoe.kernels.building import COMPILERS, native_library
+from raymoe.kernels.native import NativeKernels, load_native
 from raymoe.model.fast import MOST_ROWS, FewRowsLinear, SmallNorm, small_norm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -156,9 +156,9 @@ def test_a_row_of_few_has_the_bits_that_it_has_alone(kernels: NativeKernels, dty
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The library forgotten, so that the environment a test sets decides how it is loaded; forgotten again after."""
-    native._library.cache_clear()
+    native_library.cache_clear()
     yield monkeypatch
-    native._library.cache_clear()
+    native_library.cache_clear()
 
 
 def test_they_can_be_switched_off(unloaded: pytest.MonkeyPatch) -> None:
