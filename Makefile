@@ -14,7 +14,7 @@ PORT ?= 8000
 JOBS ?= $(shell nproc)
 PROMPT ?= Elizabeth looked at Mr. Darcy and
 
-.PHONY: run test check bench soak lint types imports unit test-browser k8s docs clean
+.PHONY: run test check bench soak lint types imports unit test-browser manifests docs clean
 
 # torch first and alone: with a CPU build installed, nothing later asks for the CUDA one
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -56,7 +56,7 @@ test-browser: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/browser
 
 # renders k8s/ and holds it against the schemas in KUBERAY_CRDS, a directory with KubeRay's CustomResourceDefinitions
-k8s: $(VENV)/.dev
+manifests: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/unit/test_manifests.py tests/unit/test_images.py -rs
 
 # the documentation as a site, in out/site
