@@ -16,7 +16,7 @@ PROMPT ?= Elizabeth looked at Mr. Darcy and
 
 MINUTES ?= 5
 
-.PHONY: run test check bench soak fuzz audit lint types imports unit test-browser docs clean
+.PHONY: run test check bench soak fuzz audit lint types imports unit test-browser manifests docs clean
 
 # torch first and alone: with a CPU build installed, nothing later asks for the CUDA one
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -56,6 +56,10 @@ unit: $(VENV)/.dev
 test-browser: $(VENV)/.dev
 	test -n "$$CHROMIUM" || command -v chromium || (apt-get update && apt-get install -y chromium)
 	$(BIN)/python -m pytest tests/browser
+
+# renders k8s/ and holds it against the schemas in KUBERAY_CRDS, a directory with KubeRay's CustomResourceDefinitions
+manifests: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit/test_manifests.py tests/unit/test_images.py -rs
 
 # the documentation as a site, in out/site
 docs: $(VENV)/.dev

@@ -136,12 +136,16 @@ class TrunkConfig(StrictModel):
     threads: int | None = Field(None, ge=1, description="CPU threads of the trunk; omitted: one per core.")
     max_running: int = Field(8, ge=1, le=1024, description="Requests that decode at the same time.")
     max_waiting: int = Field(64, ge=0, le=100_000, description="Requests that may wait; more are refused.")
-    native_kernels: bool = Field(True, description="Use C++ kernels for decoding on a CPU where a compiler is found.")
+    native_kernels: bool = Field(
+        True, description="Use C++ kernels for decoding on a CPU where a compiler is found, or an image brings them."
+    )
     cuda_graphs: bool = Field(
         True,
         description="On a GPU that is the only device too: replay captured graphs for single tokens, with kernels of "
         "raymoe's own where Triton is installed.",
     )
+    node_labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels the engine must match.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Ray resources the engine takes.")
 
 
 Policy = Literal["on_demand", "all_resident", "importance", "on_demand_shadow", "joint"]

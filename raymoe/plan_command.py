@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from raymoe.errors import CheckpointError, ConfigError
 from raymoe.observe import terminal
@@ -12,6 +13,7 @@ from raymoe.observe import terminal
 if TYPE_CHECKING:
     import torch
 
+    from raymoe.planning.cluster import DevicesFile
     from raymoe.planning.facts import ModelFacts
     from raymoe.planning.plan import Plan, PolicyPlan
     from raymoe.types import LayerSize
@@ -31,6 +33,9 @@ def plan(
     ] = 128,
     dtype: Annotated[str, typer.Option(help="Precision: auto, float32, bfloat16 or float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    k8s: Annotated[
+        bool, typer.Option("--k8s", help="Print what its pods ask for, as a kustomize patch of the RayService in k8s/.")
+    ] = False,
 ) -> None:
     """Predict whether a model fits devices, how fast each policy is, what holds it up, and what to add.
 
@@ -38,6 +43,8 @@ def plan(
     Devices are named from a table of known hardware or measured by `raymoe probe`. The exit code is 1 where the model
     does not fit, or no policy meets --tpot-ms.
     """
+    if k8s and (as_json or tpot_ms is not None):
+        raise ConfigError("--k8s prints a patch and nothing else; leave out --json and --tpot-ms")
     if tpot_ms is not None and not tpot_ms > 0:
         raise ConfigError(f"--tpot-ms is {tpot_ms:g}; it must be more than 0")
     from raymoe.config import ModelConfig
@@ -52,6 +59,10 @@ def plan(
         progress.stage("reading the model")
         facts = facts_of(model, dtype)
         progress.stage("planning")
+        if k8s:
+            progress.stop()
+            typer.echo(patch(model, cluster, facts, devices), nl=False)
+            return
         made = make_plan(facts, cluster_of(devices), prompt_tokens=prompt_tokens)
     budget_s = None if tpot_ms is None else tpot_ms / 1e3
     if as_json:
@@ -199,6 +210,18 @@ def kv_width(layer: Any) -> int:
 
 
 # --- output ---------------------------------------------------------------------------------------------
+
+
+def patch(model: str, cluster: Path, facts: "ModelFacts", devices: "DevicesFile") -> str:
+    """What ``--k8s`` prints. Raises ConfigError where the model does not fit."""
+    from raymoe.planning.layout import cluster_of, problems
+    from raymoe.planning.pods import kustomize_patch, pod_groups
+
+    found = problems(facts, cluster_of(devices))
+    if found:
+        raise ConfigError(f"{cluster}: it does not fit: {'; '.join(found)}")
+    head = f"# Made by: raymoe plan {model} --cluster {cluster} --k8s\n"
+    return head + yaml.safe_dump(kustomize_patch(pod_groups(facts, devices)), sort_keys=False)
 
 
 def show(made: "Plan") -> None:

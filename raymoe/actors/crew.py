@@ -151,10 +151,8 @@ class Crew:
         """Raise CheckpointError where one of these workers, or of all, has other weights open than the engine."""
         if self.weights is None:
             return
-        known = [
-            (name, info.address, info.fingerprint) for name, info in self.infos.items() if name in (names or self.infos)
-        ]
-        check_same_weights(self.weights, known)
+        infos = {name: self.infos[name] for name in names or self.infos}
+        check_same_weights(self.weights, [(name, info.address, info.fingerprint) for name, info in infos.items()])
 
     def give_up(self, name: DeviceName, keys: tuple[ExpertKey, ...]) -> None:
         """Let one worker give experts up."""

@@ -5,11 +5,17 @@ allocated: calls can be captured into CUDA graphs.
 """
 
 import importlib.util
+import logging
+import os
+import shutil
 from types import ModuleType
 from typing import Any
 
 import torch
 
+log = logging.getLogger(__name__)
+
+C_COMPILERS = ("gcc", "clang")  # that Triton looks for
 MOST_EXPERTS = 1024  # of a layer: the router's kernel keeps all scores of a token in registers
 MOST_COLUMNS = 1 << 15  # of a norm: one block holds a row
 SPAN = 64  # places of the cache that one program attends to
@@ -17,8 +23,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_gpu() -> "GpuKernels | None":
-    """The kernels, or None where Triton is not installed."""
+    """The kernels, or None where Triton is not installed, or lacks the C compiler with which it builds launchers."""
     if importlib.util.find_spec("triton") is None:
+        return None
+    if os.environ.get("TRITON_INTERPRET") != "1" and not (os.environ.get("CC") or any(map(shutil.which, C_COMPILERS))):
+        log.info("Triton finds no C compiler; decoding on the GPU goes through torch's kernels")
         return None
     from raymoe.kernels import triton_kernels
 

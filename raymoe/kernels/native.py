@@ -4,31 +4,16 @@ At decode a CPU reads each weight once; what costs beyond that is small operatio
 layer, or a token's experts, in one call at the memory's rate. They are optional: without a compiler, or with
 ``RAYMOE_NATIVE=0``, everything runs through torch.
 
-The library is a plain C interface loaded with ctypes, built in about a second from ``native.cpp`` and kept in the
-user's cache directory under a digest of source, flags and processor.
+The library is a plain C interface loaded with ctypes; ``building`` makes it.
 """
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 
-log = logging.getLogger(__name__)
+from raymoe.kernels.building import native_library
 
-SOURCE = Path(__file__).with_name("native.cpp")
-FLAG_SETS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
-COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
-ABI = 8
-COMPILERS = ("c++", "g++", "clang++")
 THREADED_BYTES = 1 << 18  # below this many bytes of weights, read once per row, waking threads costs more than it saves
 LANES = 16  # of a vector in native.cpp: scores are padded to them
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -332,67 +317,5 @@ def padded_floats(columns: int) -> int:
 
 def load_native(threads: int) -> NativeKernels | None:
     """The kernels for ``threads`` threads, or None where they can't be built or are switched off."""
-    library = _library()
+    library = native_library()
     return None if library is None else NativeKernels(library, threads)
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    if os.environ.get("RAYMOE_NATIVE", "1") == "0":
-        return None
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        log.info("no C++ compiler found; decoding goes through torch")
-        return None
-    said = ""
-    for flags in FLAG_SETS:
-        try:
-            return _build(compiler, [*COMMON_FLAGS, *flags])
-        except subprocess.CalledProcessError as error:
-            said = error.stderr.decode(errors="replace").strip()
-        except (OSError, subprocess.SubprocessError, AttributeError) as error:
-            said = str(error)
-        log.debug("native kernels with %s: %s", flags, said)
-    wrong = next((line for line in said.splitlines() if "error" in line), said[:200])
-    log.warning("the native kernels did not build with %s; decoding goes through torch: %s", compiler, wrong)
-    return None
-
-
-def _build(compiler: str, flags: list[str]) -> ctypes.CDLL:
-    target = cache_directory() / f"native-{_digest(compiler, flags)}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-            built = Path(directory) / "native.so"
-            subprocess.run(
-                [compiler, *flags, str(SOURCE), "-o", str(built)],
-                check=True,
-                capture_output=True,
-                timeout=120,
-            )
-            built.replace(target)  # atomic: processes that start together may all build it
-    library = ctypes.CDLL(str(target))
-    if library.raymoe_abi() != ABI:
-        raise OSError(f"{target} has another interface; remove it")
-    return library
-
-
-def cache_directory() -> Path:
-    """Where built kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymoe"
-
-
-def _digest(compiler: str, flags: list[str]) -> str:
-    parts = [SOURCE.read_bytes(), compiler.encode(), " ".join(flags).encode(), _processor().encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on: the cache may lie on a disk that several machines share."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    )

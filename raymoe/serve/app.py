@@ -34,7 +34,9 @@ def build_application(config: ClusterConfig) -> Application:
 
 def engine_options(config: ClusterConfig) -> dict[str, Any]:
     """Serve's options of the engine."""
-    actor: dict[str, Any] = {"num_cpus": CPU_SHARE}
+    actor: dict[str, Any] = {"num_cpus": CPU_SHARE, "resources": dict(config.trunk.resources)}
+    if config.trunk.node_labels:
+        actor["label_selector"] = dict(config.trunk.node_labels)
     local = [device.kind for device in config.devices if device.transport == "local"]
     if any(kind != "cpu" for kind in [config.trunk.device, *local]):
         # Ray would hide all GPUs from an actor that asks it for none

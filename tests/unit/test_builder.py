@@ -133,6 +133,14 @@ def test_gpus_stay_visible_to_an_engine_that_uses_one() -> None:
     assert "runtime_env" not in engine_options(ClusterConfig())["ray_actor_options"]
 
 
+def test_the_engine_goes_where_the_trunk_shall_be() -> None:
+    config = ClusterConfig.model_validate({"trunk": {"node_labels": {"part": "trunk"}, "resources": {"trunk": 1}}})
+    options = engine_options(config)["ray_actor_options"]
+    assert (options["label_selector"], options["resources"]) == ({"part": "trunk"}, {"trunk": 1.0})
+    anywhere = engine_options(ClusterConfig())["ray_actor_options"]
+    assert "label_selector" not in anywhere and not anywhere["resources"]
+
+
 def test_neither_building_nor_the_ingress_needs_torch() -> None:
     code = "import sys, deployments.app, raymoe.serve.ingress; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(DEPLOYMENTS.parent)}

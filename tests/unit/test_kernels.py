@@ -1,7 +1,9 @@
 """Native kernels give what torch gives, whatever the number of threads; skipped where no compiler is."""
 
+import platform
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from torch import nn
 
 from predictor.quantize import matrix_form
 from raymoe.experts.compute import WeightTable
-from raymoe.kernels import native
-from raymoe.kernels.native import COMPILERS, NativeKernels, load_native
+from raymoe.kernels import building
+from raymoe.kernels.building import COMPILERS, native_library
+from raymoe.kernels.native import NativeKernels, load_native
 from raymoe.model.fast import MOST_ROWS, FewRowsLinear, SmallNorm, small_norm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -156,9 +159,9 @@ def test_a_row_of_few_has_the_bits_that_it_has_alone(kernels: NativeKernels, dty
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The library forgotten, so that the environment a test sets decides how it is loaded; forgotten again after."""
-    native._library.cache_clear()
+    native_library.cache_clear()
     yield monkeypatch
-    native._library.cache_clear()
+    native_library.cache_clear()
 
 
 def test_they_can_be_switched_off(unloaded: pytest.MonkeyPatch) -> None:
@@ -169,6 +172,37 @@ def test_they_can_be_switched_off(unloaded: pytest.MonkeyPatch) -> None:
 def test_without_a_working_compiler_there_are_none(unloaded: pytest.MonkeyPatch, tmp_path) -> None:
     unloaded.setenv("CXX", "/bin/false")
     unloaded.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert load_native(1) is None
+
+
+@pytest.fixture
+def prebuilt(unloaded: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A library built for many processors, on a machine that has no compiler from then on."""
+    if building.find_compiler() is None or platform.machine() not in building.PORTABLE:
+        pytest.skip("no C++ compiler, or an unknown kind of processor")
+    library = building.build_portable(tmp_path / "prebuilt.so")
+    unloaded.delenv("CXX", raising=False)
+    unloaded.setenv("PATH", str(tmp_path))
+    unloaded.setattr(building, "PREBUILT", library)
+    return library
+
+
+def test_without_a_compiler_what_was_built_elsewhere_is_taken(prebuilt: Path) -> None:
+    loaded = load_native(1)
+    assert loaded is not None
+    weight, x = random(24, 40, dtype=torch.float32), random(1, 40, dtype=torch.float32)
+    out = torch.empty(1, 24)
+    loaded.linear(x, weight, None, out)
+    torch.testing.assert_close(out, x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_processor_that_it_was_not_built_for_it_is_not(prebuilt: Path, unloaded: pytest.MonkeyPatch) -> None:
+    unloaded.setattr(building, "_processor", lambda: "flags : sse2")
+    assert load_native(1) is None
+
+
+def test_what_is_no_library_is_passed_over(prebuilt: Path) -> None:
+    prebuilt.write_bytes(b"no library")
     assert load_native(1) is None
 
 

@@ -16,10 +16,12 @@ from raymoe.config import EMBEDDED_MODEL
 from raymoe.errors import ConfigError, StartError
 from raymoe.plan_command import facts_of
 from raymoe.planning.cluster import DevicesFile
-from tests.planning import device, mixtral
+from raymoe.planning.pods import pod_groups, resources_of
+from tests.planning import device, embedded, mixtral
 from tests.toy_models import save_toy
 from tests.unit.test_cli import error_of, run
 
+GROUPS = "/spec/rayClusterConfig/workerGroupSpecs/"
 DOCS = Path(__file__).parents[2] / "docs" / "planning"
 
 
@@ -187,3 +189,51 @@ def test_addresses_are_checked(text: str) -> None:
 def test_an_address() -> None:
     assert probing.address("[::1]:70", "--peer") == ("::1", 70)
     assert plan_command.milliseconds(0.01234) == "12.3 ms"
+
+
+# --- pods -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_pod_asks_for_is_the_sum_of_what_runs_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "devices.yaml"
+    cpu = {
+        "unified": True,
+        "compute": {"flops": 1e10, "bytes_per_s": "10GB"},
+        "memory": "1GiB",
+        "host_memory": "100MiB",
+    }
+    front = {**cpu, "name": "front", "serves_experts": False}
+    path.write_text(yaml.safe_dump({"devices": [front, {**cpu, "name": "worker", "count": 2}], "trunk": "front"}))
+    result = run("plan", str(EMBEDDED_MODEL), "--dtype", "float32", "--cluster", str(path), "--k8s")
+    assert result.exit_code == 0, result.output
+    patch = {(one["op"], one["path"].removeprefix(GROUPS)): one["value"] for one in yaml.safe_load(result.stdout)}
+    assert (patch["test", "0/groupName"], patch["test", "1/groupName"]) == ("front", "worker")
+    assert patch["add", "0/replicas"] == 1 and patch["add", "1/replicas"] == patch["add", "1/maxReplicas"] == 2
+    worker = patch["add", "1/template/spec/containers/0/resources"]
+    # a shard of 100 MiB and a tenth; Ray's daemons, its object store and one process with torch
+    assert worker == {"requests": {"cpu": "1500m", "memory": "1134Mi"}, "limits": {"memory": "1134Mi"}}
+    facts = facts_of(str(EMBEDDED_MODEL), "float32")
+    fixed_mib = (facts.trunk_bytes + 2048 * facts.kv_bytes) * 1.1 / 2**20
+    front_mib = int(patch["add", "0/template/spec/containers/0/resources"]["limits"]["memory"].removesuffix("Mi"))
+    assert 0 <= front_mib - (fixed_mib + 512 + 256 + 256 + 512) < 1
+
+
+def test_a_card_is_asked_for_and_its_slots_are_not_host_memory(tmp_path: Path) -> None:
+    small, large = (
+        pod_groups(embedded(), DevicesFile.parse({"devices": [device(slot_memory=size)]})) for size in ("1MB", "512MB")
+    )
+    assert small == large and small[0].gpus == 1
+    assert small[0].memory_bytes > 10**9 * 1.1
+    assert resources_of(small[0])["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_what_does_not_fit_gets_no_patch(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({"devices": [device(host_memory="10MB")]}))
+    result = run("plan", str(EMBEDDED_MODEL), "--cluster", str(path), "--dtype", "float32", "--k8s")
+    assert result.exit_code == 2 and not result.stdout and "does not fit" in error_of(result)
+
+
+def test_a_patch_comes_alone(devices: Path) -> None:
+    result = run("plan", str(EMBEDDED_MODEL), "--cluster", str(devices), "--k8s", "--json")
+    assert result.exit_code == 2 and "--json" in error_of(result)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raymoe.kernels.native import COMPILERS, SOURCE
+from raymoe.kernels.building import COMPILERS, SOURCE
 
 JOBS, HELPERS = 4000, 5
 BETWEEN_JOBS = "    done_.store(0, std::memory_order_relaxed);\n"

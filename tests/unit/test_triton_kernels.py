@@ -1,5 +1,7 @@
 """The GPU's kernels compute what torch computes. Without a GPU they run in Triton's interpreter (conftest)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,3 +157,10 @@ def test_experts_in_slots(kernels: GpuKernels, dtype: torch.dtype, with_table: b
     assert_alike(plain, torch.stack(expected))
     combined = (torch.stack(expected) * weights[:, None]).view(rows, top_k, hidden).sum(dim=1)
     assert_alike(summed, combined)
+
+
+def test_triton_without_a_compiler_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    assert load_gpu() is None
