@@ -1,7 +1,7 @@
 """Small tools that run inside a host's namespace; light to import, for each is a process of its own.
 
-    python -m tests.testbed.probe offload INTERFACE...     frames as a real cable carries them, from now on
-    python -m tests.testbed.probe ping ADDRESS COUNT       seconds of each round trip, one a line
+python -m tests.testbed.probe offload INTERFACE...     frames as a real cable carries them, from now on
+python -m tests.testbed.probe ping ADDRESS COUNT       seconds of each round trip, one a line
 """
 
 import contextlib
