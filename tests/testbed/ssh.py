@@ -1,4 +1,4 @@
-"""A stand-in for ssh between hosts of the testbed: ``ssh [-o OPTION]... HOST COMMAND...`` goes by namespace, not by key.
+"""A stand-in for ssh between the testbed's hosts: ``ssh [-o OPTION]... HOST COMMAND...`` goes by namespace, not by key.
 
 As with ssh, the words of the command are joined and read by a shell on the other host, in its home directory.
 """
