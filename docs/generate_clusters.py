@@ -4,8 +4,9 @@ from pathlib import Path
 
 from raymoe.plan_command import facts_of
 from raymoe.planning.cluster import DevicesFile
-from raymoe.planning.layout import cluster_of
-from raymoe.planning.plan import PARTS, Plan, PolicyPlan, make_plan
+from raymoe.planning.costs import Costs
+from raymoe.planning.layout import cluster_of, problems
+from raymoe.planning.plan import PARTS, PolicyPlan, every_policy
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "edge.md"
@@ -19,8 +20,16 @@ MODELS = {
 CLUSTERS = ("two-desktops", "desktop-and-jetson", "desktop-and-mini-pc", "four-mini-pcs")
 EXACT = ("all_resident", "on_demand")
 PROMPT_TOKENS = 128
-HEAD = """| model, bfloat16 | experts + trunk | cluster | exact, tokens/s | importance, tokens/s | first token | held up by |
-| --- | --- | --- | --- | --- | --- | --- |"""
+COLUMNS = (
+    "model",
+    "experts + trunk",
+    "cluster",
+    "exact, tokens/s",
+    "importance, tokens/s",
+    "first token",
+    "held up by",
+)
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|"
 
 
 def generated() -> str:
@@ -30,19 +39,20 @@ def generated() -> str:
         facts = facts_of(str(DOCS / "planning" / folder), "bfloat16")
         experts = sum(size.experts * size.expert_bytes for size in facts.sizes)
         for name in CLUSTERS:
-            devices = DevicesFile.load(DOCS / "planning" / "edge" / f"{name}.yaml")
-            plan = make_plan(facts, cluster_of(devices), prompt_tokens=PROMPT_TOKENS)
+            cluster = cluster_of(DevicesFile.load(DOCS / "planning" / "edge" / f"{name}.yaml"))
+            costs = Costs(facts=facts, cluster=cluster)
+            policies = () if problems(facts, cluster) else every_policy(costs, PROMPT_TOKENS)
             sizes = f"{experts / 1e9:.0f} + {facts.trunk_bytes / 1e9:.1f} GB"
-            rows.append(f"| {title} | {sizes} | [{name}](planning/edge/{name}.yaml) | {expected(plan)} |")
+            rows.append(f"| {title} | {sizes} | [{name}](planning/edge/{name}.yaml) | {expected(policies)} |")
     return "\n".join(rows)
 
 
-def expected(plan: Plan) -> str:
+def expected(policies: tuple[PolicyPlan, ...]) -> str:
     """Speeds, time to the first token, and what is slowest; or that it does not fit."""
-    if plan.problems:
-        return "does not fit | | | "
-    exact = min((one for one in plan.policies if one.policy in EXACT and one.tpot_s), key=lambda one: one.tpot_s or 0)
-    importance = next(one for one in plan.policies if one.policy == "importance")
+    if not policies:
+        return "does not fit | | |"
+    exact = min((one for one in policies if one.policy in EXACT and one.tpot_s), key=lambda one: one.tpot_s or 0)
+    importance = next(one for one in policies if one.policy == "importance")
     return (
         f"{rate(exact)} ({exact.policy}) | {rate(importance)} | {exact.ttft_s:.1f} s | {PARTS[exact.bottleneck or '']}"
     )

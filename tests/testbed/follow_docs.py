@@ -1,9 +1,9 @@
-"""``python -m tests.testbed.follow_docs``: do what docs/edge.md says for two boxes, word for word, on two testbed hosts.
+"""``python -m tests.testbed.follow_docs``: do what docs/edge.md says for two boxes, word for word, on the testbed.
 
-Each host has an empty home but for the wheel. Every ``sh`` block titled with boxes is given to a shell on these, one shell
-per box for the whole page, so that variables and jobs last as they do for a reader; every ``text`` block after it must be
-found in what the shells said. What stands in for the world outside: ssh goes by namespace (ssh.py), and pip takes the
-packages that raymoe needs from this environment instead of the network.
+Each host has an empty home but for the wheel. Every ``sh`` block titled with boxes is given to a shell on these, one
+shell per box for the whole page, so that variables and jobs last as they do for a reader; every line of a ``text``
+block after it must be found in what the shell said. What stands in for the world outside: ssh goes by namespace
+(ssh.py), and pip takes the packages that raymoe needs from this environment instead of the network.
 """
 
 import os
@@ -41,7 +41,7 @@ class Step:
 
 
 def steps_of(page: str) -> list[Step]:
-    """The steps of the section for two boxes. Raises StepError for a block that is neither commands nor what they say."""
+    """The steps of the section for two boxes. Raises StepError for a block that is not understood."""
     section = page.split(SECTION, 1)[1].split("\n### ", 1)[0]
     untitled = section.count("\n```") - 2 * len(FENCE.findall(section))
     if untitled:
@@ -77,8 +77,9 @@ class Shell:
 
     def follow(self, commands: str) -> list[str]:
         """Run the commands; what they said. Raises StepError where one fails."""
-        # a failing command of a block must not go unseen, nor end the shell: the block is a group that stops there
-        self._process.stdin.write(f"set -e\n{commands}\nset +e\necho {DONE}\n")
+        step = self.host.home / ".testbed" / "step"
+        step.write_text(commands)  # in a file, for what a command reads from its input would be the next commands
+        self._process.stdin.write(f"set -e; . {step} < /dev/null; set +e; echo {DONE}\n")
         self._process.stdin.flush()
         said: list[str] = []
         while True:
