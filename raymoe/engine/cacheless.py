@@ -23,9 +23,12 @@ from raymoe.engine.conductor import Conductor
 from raymoe.engine.dispatch import Dispatcher, nothing
 from raymoe.engine.foresight import Foresight
 from raymoe.engine.prefill import PrefillPlanner
+from raymoe.errors import ExpertUnavailableError
 from raymoe.experts.call import ExpertAnswer, LoadOrder
 from raymoe.model.router import Router
 from raymoe.model.runner import SequenceState
+from raymoe.placement.assignment import Fleet
+from raymoe.placement.owners import NOBODY
 from raymoe.transport.shadow_messages import Plan
 from raymoe.types import DeviceName, Routing, SamplingRecipe, StepId
 
@@ -65,6 +68,12 @@ class CachelessScheduler:
         self.prefill = PrefillPlanner(dispatcher.fleet)
         self._place = {name: place for place, name in enumerate(dispatcher.devices)}
         dispatcher.on_round_trip = self._learn_message_cost
+        dispatcher.on_fleet = self._use
+
+    def _use(self, fleet: Fleet) -> None:
+        """Who owns what has changed, or who is avoided."""
+        self._conductor.use(fleet)
+        self.prefill.use(fleet)
 
     def reconfigure(self, scheduling: SchedulingConfig) -> None:
         """Nothing: what can be changed while the model runs is of policy importance."""
@@ -128,15 +137,19 @@ class CachelessScheduler:
         experts_P = experts_TK.reshape(-1).cpu().numpy()
         rows_P = np.repeat(np.arange(tokens), k)
         row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
-        batches = self.prefill.plan(layer, experts_P, rows_P, row_bytes)
+        lost_E = self.dispatcher.lost(layer)
+        lost_P = np.zeros(len(experts_P), dtype=bool) if lost_E is None else lost_E[experts_P]
+        owned_P = np.flatnonzero(~lost_P)
+        batches = self.prefill.plan(layer, experts_P[owned_P], rows_P[owned_P], row_bytes) if owned_P.size else []
         step = self.foresight.step
         if step is not None:
             for batch in batches:
                 order = LoadOrder(step=step, epoch=0, layer=layer, experts=batch.experts_N.astype(np.int32))
                 self.dispatcher.order(self.dispatcher.devices[batch.worker], order)
-        return self.dispatcher.compute_parts(
-            layer, hidden_TH, experts_TK, [(b.worker, b.pairs_P) for b in batches], step, self._learn_cost
-        )
+        parts = [(batch.worker, owned_P[batch.pairs_P]) for batch in batches]
+        if lost_P.any():
+            parts.append((NOBODY, np.flatnonzero(lost_P)))
+        return self.dispatcher.compute_parts(layer, hidden_TH, experts_TK, parts, step, self._learn_cost)
 
     def _learn_cost(self, worker: int, sent_bytes: int, answer: ExpertAnswer, round_trip_s: float | None) -> None:
         self.prefill.costs[worker].call(sent_bytes, answer, round_trip_s)
@@ -156,6 +169,8 @@ class CachelessScheduler:
                     if scores_TE is not None:
                         rule = self._routers[there].rule
                         self._plan(step, there, scores_TE if rule is None else rule.selection_scores(scores_TE), k)
+        except ExpertUnavailableError as error:  # nobody could be told to load it
+            log.debug("no plan of a forecast from layer %d: %s", layer, error)
         except Exception:
             log.exception("forecasts from layer %d failed; there are no more of this kind", layer)
             self._forecast = None

@@ -55,6 +55,12 @@ class Holdings:
             layer, expert = layer_and_expert(identifier)
             self._resident[name][layer][expert] = True
 
+    def forget(self, names: Collection[DeviceName]) -> None:
+        """These are other processes now, or none."""
+        for name in names:
+            self._resident.pop(name, None)
+            self._remote_load_s.pop(name, None)
+
     def ready(self, name: DeviceName, layer: int) -> np.ndarray:
         """Bool [E]: what a device has ready. Not to be changed."""
         worker = self._local.get(name)

@@ -47,3 +47,8 @@ def subset(
         scores_E=scores_E,
         step=step,
     )
+
+
+def part_of(call: ExpertCall, mine_P: np.ndarray) -> ExpertCall:
+    """Some pairs of a call as one of its own."""
+    return subset(call.layer, call.hidden_RH, call.experts_P[mine_P], call.rows_P[mine_P], call.scores_E, call.step)

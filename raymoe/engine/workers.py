@@ -1,6 +1,6 @@
 """What the engine asks of workers: of those in its own process, and of those in others."""
 
-from collections.abc import Callable
+from collections.abc import Container, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -8,6 +8,8 @@ import torch
 
 from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder
 from raymoe.experts.worker import Begun
+from raymoe.transport.client import Received
+from raymoe.transport.sockets import Endpoint
 from raymoe.types import DeviceName
 
 
@@ -49,22 +51,31 @@ class LocalWorker(Protocol):
 
 
 class RemoteWorkers(Protocol):
-    """Workers in other processes.
-
-    Attributes:
-        while_waiting: done again and again while answers are waited for; None is nothing.
-    """
-
-    while_waiting: Callable[[], None] | None
+    """Workers in other processes."""
 
     def send(self, device: DeviceName, call: ExpertCall) -> int:
-        """Send a call; returns its request number."""
+        """Send a call; returns its request number. Raises ExpertUnavailableError where it can't be sent."""
         ...
 
-    def gather(
-        self, requests: dict[int, DeviceName], timeout_s: float, arrived_s: dict[int, float] | None = None
-    ) -> dict[int, ExpertAnswer]:
-        """Wait for answers; ``arrived_s`` takes the time at which each came."""
+    def receive(self, wait_s: float, awaited: Container[int]) -> list[Received]:
+        """Wait for whatever comes first, at most so long. What nobody waits for is dropped and counted."""
+        ...
+
+    def connect(self, endpoints: Mapping[DeviceName, Endpoint]) -> set[DeviceName]:
+        """Talk to these from now on, and to no others. Returns those whose connection is another one now, or gone."""
+        ...
+
+    def probe(self, device: DeviceName) -> None:
+        """Ask whether a worker lives; never waits."""
+        ...
+
+    def signs(self) -> tuple[set[DeviceName], set[DeviceName]]:
+        """Who has answered pings, and whose connection has closed, since the last time; never waits."""
+        ...
+
+    @property
+    def late_answers(self) -> int:
+        """How many were dropped, since nobody waited for them any more."""
         ...
 
     def order(self, device: DeviceName, order: LoadOrder) -> None:
