@@ -10,7 +10,7 @@ T tokens, K experts per token, E experts, H hidden.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from raymoe.config import SchedulingConfig
 from raymoe.engine.conductor import Conductor
 from raymoe.engine.dispatch import Dispatcher, nothing
 from raymoe.engine.foresight import Foresight
+from raymoe.engine.lost import LostExperts
 from raymoe.engine.prefill import PrefillPlanner
 from raymoe.errors import ExpertUnavailableError
 from raymoe.experts.call import ExpertAnswer, LoadOrder
@@ -44,13 +45,16 @@ class CachelessScheduler:
     Args:
         foresight: plans, and the way to the shadow.
         conductor: makes plans of this process's own forecasts.
+        substitutes_lost: whether other experts compute in the place of those that nobody can be asked for.
 
     Attributes:
         alpha: of no account: this policy is exact.
         prefill: how prompts are cut into mini-batches.
     """
 
-    def __init__(self, dispatcher: Dispatcher, foresight: Foresight, conductor: Conductor) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, foresight: Foresight, conductor: Conductor, *, substitutes_lost: bool = False
+    ) -> None:
         self.dispatcher = dispatcher
         self.foresight = foresight
         foresight.on_plan = dispatcher.order_here
@@ -64,6 +68,7 @@ class CachelessScheduler:
         self._tokens: list[int] = []
         self._weights_TK = torch.empty(0)
         self._decisions = 0
+        self._lost = LostExperts(dispatcher, substitutes=substitutes_lost)
         assert dispatcher.fleet is not None, "without a cache any owner of an expert may be asked"
         self.prefill = PrefillPlanner(dispatcher.fleet)
         self._place = {name: place for place, name in enumerate(dispatcher.devices)}
@@ -83,13 +88,15 @@ class CachelessScheduler:
     ) -> None:
         """Make plans of these forecasts, with the routers (one per MoE layer) whose choices they foretell."""
         self._routers, self._forecast, self._history = routers, forecast, history
+        self._lost.routers = routers
 
     # --- what the trunk calls ---------------------------------------------------------------------------
 
     def route(
         self, layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The router's own choice."""
+        """The router's own choice, but for experts that are lost."""
+        experts_TK, weights_TK = self._lost.route(layer, experts_TK, weights_TK)
         self._weights_TK = weights_TK
         self._decisions += experts_TK.shape[0]
         return experts_TK, weights_TK
@@ -132,8 +139,8 @@ class CachelessScheduler:
         tokens, k = experts_TK.shape
         most = self.dispatcher.max_rows
         if tokens > most:
-            parts = zip(hidden_TH.split(most), experts_TK.split(most), strict=True)
-            return torch.cat([self._compute_prompt(layer, hidden, experts) for hidden, experts in parts])
+            pieces = zip(hidden_TH.split(most), experts_TK.split(most), strict=True)
+            return torch.cat([self._compute_prompt(layer, hidden, experts) for hidden, experts in pieces])
         experts_P = experts_TK.reshape(-1).cpu().numpy()
         rows_P = np.repeat(np.arange(tokens), k)
         row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
@@ -223,7 +230,16 @@ class CachelessScheduler:
         self.foresight.end(sequence)
         self.dispatcher.forget(sequence)
 
+    def look(self) -> None:
+        """Between steps: take in news of workers."""
+        self.dispatcher.look()
+
+    def serves(self, experts: Collection[tuple[int, int]]) -> bool:
+        """Whether requests that need these (layer, expert) can go on."""
+        return self._lost.serves(experts)
+
     def take_cost(self) -> Routing:
         """What steps cost since the last take, and how well those before them had been foretold."""
         decisions, self._decisions = self._decisions, 0
-        return self.dispatcher.take_cost() + Routing(decisions=decisions) + self.foresight.book.take()
+        own = Routing(decisions=decisions, degraded=self._lost.take())
+        return self.dispatcher.take_cost() + own + self.foresight.book.take()

@@ -88,7 +88,7 @@ class Directory:
 
     def silent_owners(self, layer: int, experts: np.ndarray) -> list[DeviceName]:
         """Those who own any of these, but are avoided."""
-        has_W = self.owned_LWE[layer][:, experts].any(axis=1)
+        has_W = np.atleast_1d(self.owned_LWE[layer][:, experts].any(axis=1))
         return [name for worker, name in enumerate(self.names) if has_W[worker] and name in self._avoided]
 
     def lost(self, layer: int) -> np.ndarray | None:

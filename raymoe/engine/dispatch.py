@@ -346,13 +346,28 @@ class Dispatcher:
                     here.append(part)
                 else:
                     self._exchange.send(worker, call, mine_P)
-            begun = [(self._local[self.devices[worker]].begin(call), worker, mine_P) for worker, call, mine_P in here]
-            self._meanwhile(meanwhile, [(self._local[self.devices[worker]], each, p) for each, worker, p in begun])
-            for each, worker, mine_P in begun:
-                self._exchange.done_here(worker, each, mine_P)
+            if here:
+                self._compute_here(here, meanwhile)
+            else:
+                meanwhile()
             return self._exchange.gather(pairs)
         finally:
             self._exchange.clear()
+
+    def _compute_here(self, parts: list[Part], meanwhile: Callable[[], None]) -> None:
+        """Compute what is of workers in this process, which can begin one call each before it is finished."""
+        begun: dict[int, tuple[Begun, np.ndarray | None]] = {}
+        later = []
+        for worker, call, mine_P in parts:
+            if worker in begun:
+                later.append((worker, call, mine_P))
+            else:
+                begun[worker] = self._local[self.devices[worker]].begin(call), mine_P
+        self._meanwhile(meanwhile, [(self._local[self.devices[w]], *each) for w, each in begun.items()])
+        for worker, (each, mine_P) in begun.items():
+            self._exchange.done_here(worker, each, mine_P)
+        for worker, call, mine_P in later:
+            self._exchange.done_here(worker, self._local[self.devices[worker]].begin(call), mine_P)
 
     def _joined(self, done: list[Answered], pairs: int, device: torch.device) -> torch.Tensor:
         """The output of every pair [P, H]."""

@@ -185,9 +185,16 @@ class JointScheduler(CachelessScheduler):
         alpha: threshold of the rows of the step to come: one for all, or one per sequence of the batch.
     """
 
-    def __init__(self, dispatcher: Dispatcher, foresight: Foresight, similarity: Similarity | None = None) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        foresight: Foresight,
+        similarity: Similarity | None = None,
+        *,
+        substitutes_lost: bool = False,
+    ) -> None:
         self._joint = JointConductor(dispatcher)
-        super().__init__(dispatcher, foresight, self._joint)
+        super().__init__(dispatcher, foresight, self._joint, substitutes_lost=substitutes_lost)
         self.similarity = similarity
         foresight.on_forecast = self._take_forecast
         foresight.on_anew = self._begin_anew
