@@ -80,6 +80,11 @@ class DeviceConfig(StrictModel):
     threads: int | None = Field(None, ge=1, description="CPU threads for this worker's arithmetic; omitted: 1.")
     node_labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels the worker must match.")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray resources the worker takes.")
+    optional: bool = Field(
+        False,
+        description="Start without it where no alive node offers its labels and resources; it joins when one does. The "
+        "other devices must hold all experts.",
+    )
 
     @property
     def has_slots(self) -> bool:
@@ -414,6 +419,18 @@ class ClusterConfig(StrictModel):
             raise ValueError(
                 f"replication {self.replication} needs as many devices, but only {len(self.devices)} are listed"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _some_device_is_certain(self) -> "ClusterConfig":
+        for device in self.devices:
+            if device.optional and device.transport == "local":
+                raise ValueError(
+                    f'device "{device.name}" lives in the engine\'s own process and is there whenever that is: remove '
+                    '"optional", or the transport "local"'
+                )
+        if all(device.optional for device in self.devices):
+            raise ValueError("all devices are optional, but the others must hold all experts: make one a certain one")
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,10 @@ class DeviceStats:
     """One device. Sizes in bytes; ``resident`` counts experts that need no load.
 
     Attributes:
+        state: "healthy", "suspect", "down" or "rejoining", as ``placement.health`` has it.
+        reason: why it is not healthy.
+        since_s: for which it has been in this state; None for a device in the engine's own process.
+        restarts: new processes of it that have followed earlier ones.
         emulated_link: its transfers imitate a slow bus: their speeds are no hardware's.
         resident_experts: names of the resident ones as (layer, expert); empty where only their number was asked for.
         slot_count: None where experts are computed in host memory.
@@ -51,6 +55,9 @@ class DeviceStats:
     link_busy_s: float = 0.0
     substituted: int = 0
     heartbeat_age_s: float | None = None
+    reason: str | None = None
+    since_s: float | None = None
+    restarts: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -173,7 +180,14 @@ class SettingsStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStats:
-    """Everything: devices by name, the engine (None where none has told its counts yet), policy, and predictor."""
+    """Everything: devices by name, the engine (None where none has told its counts yet), policy, and predictor.
+
+    Attributes:
+        replication: owners that every expert has; 0 where some have none.
+        repairs: how many times experts were read again, or shared anew, because devices had gone or come.
+        lost_experts: (layer, expert) of those for which the devices that are there have no room.
+        warnings: what is worse than it was meant to be, in words.
+    """
 
     app: str
     devices: dict[str, DeviceStats]
@@ -182,6 +196,9 @@ class ClusterStats:
     policy: str = "on_demand"
     predictor: PredictorStats | None = None
     settings: SettingsStats | None = None
+    repairs: int = 0
+    lost_experts: tuple[tuple[int, int], ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the rates."""
