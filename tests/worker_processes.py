@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from raymoe.actors.placement import bounded_devices, cluster_fleet, hand_out, spreads
 from raymoe.actors.session import message_limits
+from raymoe.actors.shares import bounded_devices, cluster_fleet, hand_out, spreads
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.service import ModelService
 from raymoe.experts.build import make_worker
 from raymoe.experts.call import ExpertCall
-from raymoe.placement.ownership import Capacity, Ownership, primary_owners
-from raymoe.transport.client import Received, WorkerClient
+from raymoe.placement.ownership import Capacity, Ownership, assign, primary_owners
+from raymoe.transport.client import WorkerClient
 from raymoe.transport.server import WorkerServer
 from raymoe.transport.sockets import Endpoint, KeyPair
 from raymoe.types import DeviceName, ExpertKey
@@ -51,33 +51,28 @@ def serve(config: ClusterConfig, name: str, keys: tuple[ExpertKey, ...], client:
 
 
 class Hooked(WorkerClient):
-    """A client that tells of each call sent, and notes when answers come.
+    """A client that tells of each call sent.
 
     Attributes:
         on_sent: told of device and call.
         calls: how many each device was sent since somebody cleared it.
-        answered_s: when the last answer came.
+        sent_s: when each was sent, and for which layer.
     """
 
     on_sent: Callable[[DeviceName, ExpertCall], None] | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.calls: dict[DeviceName, int] = {}
-        self.answers_s: list[float] = []
+        self.sent_s: list[tuple[float, int]] = []
         super().__init__(*args, **options)
 
     def send(self, device: DeviceName, call: ExpertCall) -> int:
         request = super().send(device, call)
+        self.sent_s.append((time.monotonic(), call.layer))
         self.calls[device] = self.calls.get(device, 0) + 1
         if self.on_sent is not None:
             self.on_sent(device, call)
         return request
-
-    def receive(self, wait_s: float, awaited: Any) -> list[Received]:
-        received = super().receive(wait_s, awaited)
-        if received:
-            self.answers_s.append(time.monotonic())
-        return received
 
 
 @dataclass
@@ -159,8 +154,9 @@ def service_over_processes(
     scheduling: dict[str, Any] | None = None,
     predictor: dict[str, Any] | None = None,
     trunk: dict[str, Any] | None = None,
+    spread: int | None = None,
 ) -> Iterator[Running]:
-    """A float32 model whose workers are processes."""
+    """A float32 model whose workers are processes; ``spread`` is over how many of them each layer's experts lie."""
     config = ClusterConfig.parse(
         {
             "model": {"path": str(path), "dtype": "float32"},
@@ -172,9 +168,12 @@ def service_over_processes(
     )
     checkpoint = open_checkpoint(path, "float32")
     sizes, names = checkpoint.sizes(), [DeviceName(device.name) for device in config.devices]
-    per_layer = spreads(config, sizes)
+    per_layer = spreads(config, sizes) if spread is None else [spread] * len(sizes)
     capacities = [Capacity(device=name, host_bytes=1 << 33) for name in names]
-    ownership = hand_out(config, sizes, capacities, replication)
+    if spread is None:
+        ownership = hand_out(config, sizes, capacities, replication)
+    else:
+        ownership = assign(sizes, capacities, replication, per_layer)
     keys = KeyPair.create()
     processes = Processes(config, ownership, keys.public)
     try:

@@ -135,6 +135,7 @@ class Session:
         dispatcher = Dispatcher(
             sizes,
             primary_owners(sizes, ownership, spreads(self.config, sizes)),
+            ownership=ownership,
             local=self._local,
             remote=self._client,
             timeout_s=self.config.scheduling.call_timeout_s,
@@ -249,9 +250,7 @@ class Session:
         reference: Any = self._placement.view.remote()
         view: Any = ray.get(reference, timeout=STATS_TIMEOUT_S)
         primary = primary_owners(self.checkpoint.sizes(), view.ownership, spreads(self.config, self.checkpoint.sizes()))
-        service: Any = self.service
-        if hasattr(service, "adopt"):
-            service.adopt(view.ownership, primary, view.endpoints)
+        self.service.adopt(view.ownership, primary, view.endpoints)
         self._ownership, self._version, self._stale = view.ownership, view.version, False
         self.replication = view.replication
 
@@ -259,12 +258,11 @@ class Session:
         """The version that the engine works with, and whom it waits for in vain."""
         if not hasattr(self, "service"):
             return 0, ()
-        return self._version, tuple(getattr(self.service, "suspects", ()))
+        return self._version, self.service.suspects
 
     def _heed_suspects(self, lease: Lease) -> None:
         """What the engine finds silent is told at once, and what comes of it is heard soon."""
-        service: Any = self.service
-        service.on_suspect = lease.hurry
+        self.service.on_suspect = lease.hurry
 
     def _tell(self) -> EngineStats | None:
         """The engine's counts, once there is one."""
@@ -325,6 +323,7 @@ class Session:
             refused_settings=self.refused_settings,
             recall=routing.recall,
             lead_s=self.service.lead_s,
+            degraded=routing.degraded,
             drafted=routing.drafted,
             accepted=routing.accepted,
             **{name: getattr(report, name) for name in report.__slots__ if name != "routing"},

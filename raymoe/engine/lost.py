@@ -28,14 +28,20 @@ class LostExperts:
         self.degraded = 0
         self._dispatcher = dispatcher
         self._substitutes = substitutes
+        self._top_k = 1
 
     def serves(self, experts: Collection[tuple[int, int]]) -> bool:
         """Whether requests that need these (layer, expert) can go on."""
         if self._dispatcher.has(experts):
             return True
-        return self._substitutes and all(
-            layer < len(self.routers) and self.routers[layer].rule is not None for layer, _ in experts
-        )
+        return self._substitutes and all(self._does_without(layer) for layer in {layer for layer, _ in experts})
+
+    def _does_without(self, layer: int) -> bool:
+        """Whether others can stand in for what is lost of a layer."""
+        if layer >= len(self.routers) or self.routers[layer].rule is None:
+            return False
+        lost_E = self._dispatcher.lost(layer)
+        return lost_E is None or int((~lost_E).sum()) >= self._top_k
 
     def route(
         self, layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -43,6 +49,7 @@ class LostExperts:
         """The choice, with what is lost replaced where that is wanted and can be done."""
         if not self._substitutes or layer >= len(self.routers):
             return experts_TK, weights_TK
+        self._top_k = max(self._top_k, experts_TK.shape[1])
         lost_E = self._dispatcher.lost(layer)
         if lost_E is None:
             return experts_TK, weights_TK

@@ -81,6 +81,10 @@ class EngineStats:
         kv_bytes, kv_set_aside_bytes: that the caches of running requests take, and may come to take.
         prefix_bytes, prefixes, cached_tokens: of caches kept for prompts that begin alike, how many these are, and how
             many tokens of prompts were copied from such.
+        parked: requests that wait for experts which nobody can be asked for; ``waiting`` does not count them.
+        rerouted, late_answers: calls that were handed out again, and answers that nobody waited for any more.
+        suspects: remote workers that the engine finds silent now.
+        degraded: (token, expert) pairs whose expert nobody could be asked for, and another computed instead.
         admitted, queue_s: requests that were let in, and how long they had waited, all together.
         batch_rows, batch_tokens: requests and tokens of one of the last steps, on average.
     """
@@ -120,6 +124,11 @@ class EngineStats:
     batch_rows: float = 0.0
     batch_tokens: float = 0.0
     lead_s: float | None = None
+    parked: int = 0
+    rerouted: int = 0
+    late_answers: int = 0
+    suspects: tuple[str, ...] = ()
+    degraded: int = 0
 
     @property
     def hit_rate(self) -> float:

@@ -56,7 +56,7 @@ class Blow:
 
     def __init__(self, running: Running, number: int, when: Callable[[ExpertCall], bool]) -> None:
         self.struck: DeviceName | None = None
-        self._at_s = 0.0
+        self._at_s, self._layer = 0.0, 0
         self._running = running
         self._number = number
         self._when = when
@@ -64,14 +64,15 @@ class Blow:
 
     def _sent(self, device: DeviceName, call: ExpertCall) -> None:
         if self.struck is None and self._when(call):
-            self.struck = device
+            self.struck, self._layer = device, call.layer
             self._running.processes.signal(device, self._number)
             self._at_s = time.monotonic()
 
     def pause_s(self) -> float:
-        """From the blow to the next answer of anybody."""
+        """From the blow until the engine comes to another layer."""
         assert self.struck is not None, "no such call was sent"
-        return min(at_s for at_s in self._running.client.answers_s if at_s > self._at_s) - self._at_s
+        later_s = (at_s for at_s, layer in self._running.client.sent_s if at_s > self._at_s and layer != self._layer)
+        return min(later_s) - self._at_s
 
 
 def decoding(layer: int, step: int = 3) -> Callable[[ExpertCall], bool]:
@@ -249,7 +250,7 @@ def test_a_parked_request_can_be_cancelled(single: Running) -> None:
 
 def test_lost_experts_may_be_done_without(expected: list[int]) -> None:
     scheduling = {"on_lost_expert": "substitute"}
-    with service_over_processes(EMBEDDED_MODEL, replication=1, scheduling=scheduling) as running:
+    with service_over_processes(EMBEDDED_MODEL, replication=1, scheduling=scheduling, spread=2) as running:
         whole = running.service.generate(PROMPT, max_tokens=TOKENS, **GREEDY)
         assert whole.token_ids == expected and not whole.degraded
         Blow(running, signal.SIGKILL, decoding(4))
