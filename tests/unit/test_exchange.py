@@ -1,6 +1,7 @@
 """A layer's calls while workers die, stop, come back, refuse and move, by a clock of the test's own."""
 
-from collections.abc import Callable, Container, Mapping
+import itertools
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -51,6 +52,7 @@ class Wire:
     closed: set[DeviceName] = field(default_factory=set)
     connected: list[Mapping[DeviceName, Endpoint]] = field(default_factory=list)
     at: dict[float, Callable[[], None]] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
     _waiting: dict[int, tuple[float, DeviceName, ExpertCall]] = field(default_factory=dict)
     _pings: list[tuple[float, DeviceName]] = field(default_factory=list)
 
@@ -58,7 +60,7 @@ class Wire:
         return self.now_s
 
     def send(self, device: DeviceName, call: ExpertCall) -> int:
-        number = len(self.sent)
+        number = next(self._numbers)
         self.sent.append((device, call.experts_P.tolist()))
         worker = self.workers[device]
         due_s = self.now_s + worker.answer_s
@@ -222,7 +224,7 @@ def test_a_lost_message_is_sent_to_another_owner_though_its_worker_lives() -> No
     ask(dispatcher)
     assert [name for name, _ in wire.sent] == [A, A, B]
     assert dispatcher.suspects == ()
-    assert wire.now_s - before_s < 0.1 * 2**DOUBTS
+    assert wire.now_s - before_s < 0.1 * 2**DOUBTS + 0.1
 
 
 def test_a_lost_message_goes_to_its_worker_again_where_it_is_the_only_owner() -> None:
@@ -267,9 +269,7 @@ def test_an_expert_without_another_owner_is_lost_after_a_short_hope() -> None:
     wire = Wire()
     dispatcher = made(wire, {A: KEYS[:3], B: KEYS[3:]})
     wire.workers[A].alive = False
-    with pytest.raises(
-        ExpertLostError, match=r"layer 0: experts 0, 2 can't be reached: their owner a is silent"
-    ) as hit:
+    with pytest.raises(ExpertLostError, match="layer 0: experts 0, 2 can't be reached: their owner a is silent") as hit:
         ask(dispatcher)
     assert hit.value.experts == ((0, 0), (0, 2)) and hit.value.devices == ("a",)
     assert wire.now_s - 100.0 < FIRST_S + PONG_S + UNSURE_S + 0.2
@@ -343,7 +343,7 @@ def test_a_worker_that_lives_and_never_answers_ends_with_the_timeout() -> None:
     wire.workers[A].lost = 10
     with pytest.raises(ExpertUnavailableError, match="no answer from worker a within 5 s"):
         ask(dispatcher)
-    assert not isinstance(wire, ExpertLostError) and wire.now_s - 100.0 < 6.0
+    assert wire.now_s - 100.0 < 6.0
 
 
 def test_nothing_of_a_failed_layer_is_left() -> None:

@@ -1,4 +1,4 @@
-"""Who is asked for each expert while workers are avoided: always an owner that is well, and nobody only where none is."""
+"""Who is asked for each expert while workers are avoided: an owner that is well, nobody only where none is."""
 
 import numpy as np
 from hypothesis import given
