@@ -15,12 +15,12 @@ import torch
 
 from raymoe.engine.directory import Directory, View, by_fleet, by_primary
 from raymoe.engine.exchange import Answered, Exchange
+from raymoe.engine.here import CallsHere, Part
 from raymoe.engine.holdings import Changes, Holdings
 from raymoe.engine.splitting import by_worker, subset
 from raymoe.engine.suspects import Suspects
 from raymoe.engine.workers import LocalWorker, RemoteWorkers
 from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder
-from raymoe.experts.worker import Begun
 from raymoe.placement.assignment import Fleet, reassign
 from raymoe.placement.owners import NOBODY
 from raymoe.placement.ownership import Ownership
@@ -30,12 +30,6 @@ from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing, StepId
 
 OnAnswer = Callable[[int, int, ExpertAnswer, float | None], None]
 """Told of an answer: worker, bytes sent to it, the answer, and the round trip where nothing else was waited for."""
-
-UnderWay = tuple[LocalWorker, Begun, np.ndarray | None]
-"""A call that has begun: whose, and which of all pairs are its; None is all of them in order."""
-
-Part = tuple[int, ExpertCall, np.ndarray | None]
-"""A call: its worker, and which of all pairs are its; None is all of them in order."""
 
 
 def nothing() -> None:
@@ -83,7 +77,6 @@ class Dispatcher:
         self._zeros = np.zeros(max(size.top_k for size in sizes), dtype=np.int32)
         self._cost = Routing()
         self._gave_way: dict[DeviceName, int] = {}
-        self._under_way: list[UnderWay] = []
         self._posted: View | None = None
         self._posting = threading.Lock()
         self.on_round_trip: Callable[[DeviceName, float], None] | None = None
@@ -109,6 +102,7 @@ class Dispatcher:
             catch_up=self.catch_up,
             clock=clock,
         )
+        self._here = CallsHere(local, self._directory, self._exchange)
 
     # --- owners -------------------------------------------------------------------------------------------
 
@@ -347,27 +341,12 @@ class Dispatcher:
                 else:
                     self._exchange.send(worker, call, mine_P)
             if here:
-                self._compute_here(here, meanwhile)
+                self._here.compute(here, meanwhile)
             else:
                 meanwhile()
             return self._exchange.gather(pairs)
         finally:
             self._exchange.clear()
-
-    def _compute_here(self, parts: list[Part], meanwhile: Callable[[], None]) -> None:
-        """Compute what is of workers in this process, which can begin one call each before it is finished."""
-        begun: dict[int, tuple[Begun, np.ndarray | None]] = {}
-        later = []
-        for worker, call, mine_P in parts:
-            if worker in begun:
-                later.append((worker, call, mine_P))
-            else:
-                begun[worker] = self._local[self.devices[worker]].begin(call), mine_P
-        self._meanwhile(meanwhile, [(self._local[self.devices[w]], *each) for w, each in begun.items()])
-        for worker, (each, mine_P) in begun.items():
-            self._exchange.done_here(worker, each, mine_P)
-        for worker, call, mine_P in later:
-            self._exchange.done_here(worker, self._local[self.devices[worker]].begin(call), mine_P)
 
     def _joined(self, done: list[Answered], pairs: int, device: torch.device) -> torch.Tensor:
         """The output of every pair [P, H]."""
@@ -420,28 +399,12 @@ class Dispatcher:
             if name in self._local:
                 self._local[name].expect(layer, experts[mine], scores[mine])
 
-    def _meanwhile(self, action: Callable[[], None], under_way: list[UnderWay]) -> None:
-        """Do something that may ask for a preview of the calls under way."""
-        self._under_way = under_way
-        try:
-            action()
-        finally:
-            self._under_way = []
-
     def preview(self, pairs: int) -> torch.Tensor | None:
         """While workers load: the output of every pair [P, H] that needs no load, zeros for the others.
 
         None where no worker in this process loads anything.
         """
-        if all(begun.ready_P.all() for _, begun, _ in self._under_way):
-            return None
-        hidden_RH = self._under_way[0][1].call.hidden_RH
-        output_PH = hidden_RH.new_zeros((pairs, hidden_RH.shape[1]))
-        for worker, begun, mine_P in self._under_way:
-            ready_P, ready_PH = worker.preview(begun)
-            known_P = np.flatnonzero(ready_P) if mine_P is None else mine_P[ready_P]
-            output_PH[torch.from_numpy(known_P).to(output_PH.device)] = ready_PH.to(output_PH.device)
-        return output_PH
+        return self._here.preview(pairs)
 
     def account(self, name: DeviceName, answer: ExpertAnswer) -> None:
         """Add what a worker's answer says of costs, residency and its link."""
