@@ -67,10 +67,12 @@ class Crew:
                 handle = ray.get_actor(worker_name(self._app, device.name), NAMESPACE)
                 self.handles[DeviceName(device.name)] = handle
                 asked[handle.describe.remote()] = DeviceName(device.name)
-        for reference, info in answers(asked, REPORT_TIMEOUT_S).items():
-            self.arrived(asked[reference], info)
+        found = {asked[reference]: info for reference, info in answers(asked, REPORT_TIMEOUT_S).items()}
+        self.infos.update(found)  # all of them first: how many share a node says what each may take
+        for name, info in found.items():
+            self.arrived(name, info)
             if info.endpoint is not None:
-                self.endpoints[asked[reference]] = info.endpoint
+                self.endpoints[name] = info.endpoint
 
     def start(self) -> None:
         """Find or create the workers, and wait for them. Those of optional devices only where a node offers one.

@@ -89,6 +89,7 @@ def test_a_killed_worker_is_noticed_replaced_and_taken_in_again(cluster: Cluster
         before = moe.generate(PROMPT, max_tokens=4, temperature=0.0).token_ids
         assert {device.state for device in stats("killed").devices.values()} == {"healthy"}
         seen = Seen("killed", "b")
+        seen.look()
         os.kill(stats("killed").devices["b"].pid, signal.SIGKILL)
         until(lambda: seen.look() == "down", "the end of the device's health")
         until(lambda: seen.look() and owners("killed") == {"a": EXPERTS, "b": 0}, "the repair")
@@ -131,7 +132,8 @@ def test_a_node_that_leaves_is_done_without_and_one_that_comes_takes_its_share(c
         until(lambda: owners("joined")["b"] > 0, "the new device's share")
         joined_s = time.monotonic() - start_s
         until(lambda: sum(owners("joined").values()) == EXPERTS, "the end of spare copies")
-        assert owners("joined")["b"] == EXPERTS // 2 and stats("joined").devices["b"].state == "healthy"
+        assert 0.3 * EXPERTS < owners("joined")["b"] < 0.7 * EXPERTS  # by the nodes' free memory
+        assert stats("joined").devices["b"].state == "healthy"
 
         start_s = time.monotonic()
         cluster.remove_node(node, allow_graceful=False)
@@ -145,9 +147,7 @@ def test_a_placement_actor_that_dies_knows_the_devices_again(cluster: Cluster) -
     with raymoe.launch(config, app="forgot") as moe:
         before = ray.get(placement("forgot").view.remote())
         ray.kill(placement("forgot"), no_restart=False)
-        until(
-            lambda: len(stats("forgot").devices) == 3 and moe.generate(PROMPT, max_tokens=2) is not None, "its return"
-        )
+        assert moe.generate(PROMPT, max_tokens=2).usage.completion_tokens == 2
         until(lambda: {d.state for d in stats("forgot").devices.values()} == {"healthy"}, "the devices' health")
         until(lambda: rejoined("forgot"), "the engine's return")
         assert ray.get(placement("forgot").view.remote()).ownership == before.ownership
