@@ -80,6 +80,11 @@ class DeviceConfig(StrictModel):
     threads: int | None = Field(None, ge=1, description="CPU threads for this worker's arithmetic; omitted: 1.")
     node_labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels the worker must match.")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray resources the worker takes.")
+    optional: bool = Field(
+        False,
+        description="Start without it where no alive node offers its labels and resources; it joins when one does. The "
+        "other devices must hold all experts.",
+    )
 
     @property
     def has_slots(self) -> bool:
@@ -135,10 +140,14 @@ QUALITIES = ("exact", "balanced", "fast")
 Quality = Literal["exact", "balanced", "fast"] | float
 
 
+LostExpert = Literal["wait", "substitute"]
+
+
 class SchedulingConfig(StrictModel):
     """How experts are brought into slots, kept there, and replaced by similar ones.
 
-    Everything but ``policy``, ``group_size``, ``profile`` and ``call_timeout_s`` can be changed while the model runs.
+    Everything but ``policy``, ``group_size``, ``profile``, ``on_lost_expert`` and ``call_timeout_s`` can be changed
+    while the model runs.
     """
 
     policy: Policy = Field(
@@ -186,7 +195,21 @@ class SchedulingConfig(StrictModel):
         "score", description="Which substitute is best within the window; all but score need a profile."
     )
     profile: str | None = Field(None, description="Profile made by `raymoe calibrate` for these weights.")
-    call_timeout_s: float = Field(60.0, gt=0, description="Longest wait for one expert call.")
+    call_timeout_s: float = Field(
+        60.0, gt=0, description="Longest wait for one expert call of a worker that lives; others are not waited for."
+    )
+    recovery_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        le=86400,
+        description="Longest wait of a request for an expert whose owners can't be reached; then it ends with an "
+        "error.",
+    )
+    on_lost_expert: LostExpert = Field(
+        "wait",
+        description="What a request does that needs such an expert: wait, or substitute: the best expert that can be "
+        "reached computes in its place, whatever alpha says, and the answer is flagged as degraded.",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SchedulingConfig":
@@ -239,6 +262,7 @@ DEFAULT_ALPHA = 0.25  # SMoE's most careful setting, and what "balanced" stands 
 FIXED_SCHEDULING = (
     "call_timeout_s",
     "group_size",
+    "on_lost_expert",
     "policy",
     "profile",
 )  # known to workers and engine from their start on
@@ -395,6 +419,18 @@ class ClusterConfig(StrictModel):
             raise ValueError(
                 f"replication {self.replication} needs as many devices, but only {len(self.devices)} are listed"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _some_device_is_certain(self) -> "ClusterConfig":
+        for device in self.devices:
+            if device.optional and device.transport == "local":
+                raise ValueError(
+                    f'device "{device.name}" lives in the engine\'s own process and is there whenever that is: remove '
+                    '"optional", or the transport "local"'
+                )
+        if all(device.optional for device in self.devices):
+            raise ValueError("all devices are optional, but the others must hold all experts: make one a certain one")
         return self
 
     @model_validator(mode="after")

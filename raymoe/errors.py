@@ -44,6 +44,18 @@ class ExpertUnavailableError(RaymoeError):
     """A worker did not answer an expert call in time, or answered with an error."""
 
 
+class ExpertLostError(ExpertUnavailableError):
+    """No worker that can be reached has experts that a request needs.
+
+    ``experts`` are (layer, expert), ``devices`` their silent owners.
+    """
+
+    def __init__(self, message: str, experts: tuple[tuple[int, int], ...] = (), devices: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.experts = experts
+        self.devices = devices
+
+
 class EngineStoppedError(RaymoeError):
     """The engine stopped while the request was waiting or running."""
 

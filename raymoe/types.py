@@ -50,6 +50,7 @@ class Routing:
         calls: messages to workers.
         decisions: (token, layer) pairs that were routed.
         substituted: (token, expert) pairs of the router that were replaced by another expert.
+        degraded: (token, expert) pairs whose expert nobody could be asked for, and another computed instead.
         replaced_mass: sum over decisions of the replaced experts' share of the chosen ones' gate scores.
         foretellable, foretold: (token, expert) pairs of decode steps under a predictor, and those it had named.
         drafted, accepted: guesses of a shadow that were read along, and those that the model chose too.
@@ -63,6 +64,7 @@ class Routing:
     calls: int = 0
     decisions: int = 0
     substituted: int = 0
+    degraded: int = 0
     replaced_mass: float = 0.0
     foretellable: int = 0
     foretold: int = 0

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from predictor.forecast import LayerForecast
-from raymoe.actors.placement import bounded_devices, cluster_fleet, hand_out
 from raymoe.actors.session import message_limits
+from raymoe.actors.shares import bounded_devices, cluster_fleet, hand_out
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig
 from raymoe.engine.dispatch import Dispatcher

@@ -5,8 +5,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from raymoe.actors.placement import bounded_devices, spreads
 from raymoe.actors.session import message_limits
+from raymoe.actors.shares import bounded_devices, spreads
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig
 from raymoe.engine.dispatch import Dispatcher

@@ -21,8 +21,8 @@ import torch
 
 from predictor.forecast import LayerForecast
 from predictor.shadow import Alignment, ShadowCounts
-from raymoe.actors.placement import bounded_devices, cluster_fleet, hand_out
 from raymoe.actors.session import message_limits
+from raymoe.actors.shares import bounded_devices, cluster_fleet, hand_out
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig
 from raymoe.engine.dispatch import Dispatcher

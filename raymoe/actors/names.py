@@ -14,11 +14,15 @@ class Life:
     """Which actor answers, and since which start: the same actor in another life was restarted.
 
     Attributes:
+        version: of the ``ClusterView`` that there is now.
+        settled: whether no device is on its way from one state to another, and no expert has to be read again.
         shadow: where the shadow listens now; None while there is none.
     """
 
     actor: str
     start: str
+    version: int = 0
+    settled: bool = True
     shadow: "Endpoint | None" = None
 
 

@@ -78,7 +78,7 @@ class Observer:
             if worker is not None:
                 stats = device_stats(device, worker.report(names=False), node="local", pid=0)
                 values += metrics.of_device(stats)
-                values += metrics.of_health(device.name, up=True, heartbeat_age_s=0.0)
+                values += metrics.of_health(device.name, "healthy", heartbeat_age_s=0.0, restarts=0)
         return values
 
     # --- where experts are ------------------------------------------------------------------------------

@@ -1,9 +1,15 @@
 """A device's line in the stats, and the settings'."""
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from raymoe.config import DeviceConfig, SchedulingConfig
 from raymoe.observe.stats import DeviceStats, SettingsStats
+from raymoe.placement.health import DeviceHealth
+
+if TYPE_CHECKING:
+    from raymoe.actors.worker import WorkerInfo
+    from raymoe.experts.report import WorkerReport
 
 
 def settings_stats(scheduling: SchedulingConfig) -> SettingsStats:
@@ -44,12 +50,58 @@ def device_stats(
     )
 
 
-def down_stats(device: DeviceConfig, *, node: str, pid: int, heartbeat_age_s: float | None = None) -> DeviceStats:
-    """The line of a device whose worker does not answer: nothing is known but where it was."""
-    unknown = dict.fromkeys(("peak_slot_bytes", "host_bytes", "owned", "resident", "calls", "hits", "misses"), 0)
-    totals = dict.fromkeys(
-        ("hosted", "loads", "bytes_loaded", "evictions", "prefetches", "prefetches_refused", "prefetches_late"), 0
+def seen_stats(
+    device: DeviceConfig,
+    health: DeviceHealth,
+    info: "WorkerInfo | None",
+    answer: "tuple[WorkerReport, int] | None",
+    now_s: float,
+) -> DeviceStats:
+    """A device as the placement actor sees it: its state, and its worker's report where there is one.
+
+    Args:
+        info: of the process that was there last; None where none ever was.
+        answer: the report, and how many malformed messages were dropped; None where it did not answer.
+        now_s: by the clock of ``health``.
+    """
+    node, pid = (info.node, info.pid) if info is not None else ("", 0)
+    if answer is None:
+        stats = _unknown(device, node=node, pid=pid)
+    else:
+        stats = device_stats(device, answer[0], node=node, pid=pid, dropped_messages=answer[1])
+    return replace(
+        stats,
+        state=str(health.state),
+        reason=health.reason,
+        since_s=now_s - health.since_s,
+        restarts=health.restarts,
+        heartbeat_age_s=None if health.heard_s is None else max(0.0, now_s - health.heard_s),
     )
+
+
+def shortages(replication: int, most: int, lost: int) -> tuple[str, ...]:
+    """What the devices that are there can't do, in words.
+
+    Args:
+        replication: owners that every expert has.
+        most: that it has had at best.
+        lost: experts that nobody holds.
+    """
+    if lost:
+        return (
+            f"{lost:,} experts have no owner: the devices that are there have no room for them. Requests that need "
+            "them wait, and then fail; bring a device back, or add one",
+        )
+    if replication < most:
+        return (f"every expert has {replication} owner(s) instead of {most}, for want of devices or of their memory",)
+    return ()
+
+
+def _unknown(device: DeviceConfig, *, node: str, pid: int) -> DeviceStats:
+    """The line of a device whose worker tells nothing: all that is known is where it was."""
+    counts: dict[str, Any] = dict.fromkeys(("peak_slot_bytes", "host_bytes", "owned", "resident", "calls", "hits"), 0)
+    totals: dict[str, Any] = dict.fromkeys(("misses", "hosted", "loads", "bytes_loaded", "evictions"), 0)
+    ahead: dict[str, Any] = dict.fromkeys(("prefetches", "prefetches_refused", "prefetches_late"), 0)
     return DeviceStats(
         name=device.name,
         kind=device.kind,
@@ -60,7 +112,7 @@ def down_stats(device: DeviceConfig, *, node: str, pid: int, heartbeat_age_s: fl
         emulated_link=device.link is not None,
         slot_budget_bytes=device.slot_memory,
         resident_experts=(),
-        heartbeat_age_s=heartbeat_age_s,
-        **unknown,
+        **counts,
         **totals,
+        **ahead,
     )

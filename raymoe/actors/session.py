@@ -17,20 +17,15 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
+from raymoe.actors.crew import HOST_SHARE
 from raymoe.actors.lease import Lease
 from raymoe.actors.names import NAMESPACE, Life, placement_name
 from raymoe.actors.observing import Observer
-from raymoe.actors.placement import (
-    HOST_SHARE,
-    ClusterView,
-    PlacementShell,
-    bounded_devices,
-    cluster_fleet,
-    hand_out,
-    spreads,
-)
+from raymoe.actors.placement import PlacementShell
 from raymoe.actors.reports import device_stats, settings_stats
+from raymoe.actors.shares import bounded_devices, cluster_fleet, hand_out, spreads
 from raymoe.actors.tracing import ClusterTrace
+from raymoe.actors.views import ClusterView
 from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
@@ -87,7 +82,10 @@ class Session:
         self._news: PlacementClient | None = None
         self._local: dict[DeviceName, ExpertWorker] = {}
         self._keys = KeyPair.create()
+        self._holder = f"engine-{uuid.uuid4().hex}"
         self._ownership: Ownership = {}
+        self._version = 0
+        self._stale = False
         self.replication = 1
         try:
             dispatcher = self._connect(on_stage)
@@ -95,6 +93,8 @@ class Session:
             forecast = self._news.forecast if self._news is not None and bounded_devices(config) else None
             self.service = ModelService(self.checkpoint, config, dispatcher, on_forecast=forecast, link=self._link)
             self._adopt()
+            if self._lease is not None:
+                self._heed_suspects(self._lease)
             self.observer = Observer(app, config, self.service, self._local, self._placement, self._engine_stats)
         except BaseException:
             self.close()
@@ -122,7 +122,7 @@ class Session:
             if has_shadow:
                 self._link = ShadowClient(view.shadow, self._keys, limits, len(self.config.devices))
             ownership, self.replication, self.scheduling = view.ownership, view.replication, view.scheduling
-            resident = view.resident
+            resident, self._version = view.resident, view.version
         else:
             ownership, resident = own_locally(self.checkpoint, self.config, memory), {}
         self._ownership = ownership
@@ -135,6 +135,7 @@ class Session:
         dispatcher = Dispatcher(
             sizes,
             primary_owners(sizes, ownership, spreads(self.config, sizes)),
+            ownership=ownership,
             local=self._local,
             remote=self._client,
             timeout_s=self.config.scheduling.call_timeout_s,
@@ -154,9 +155,15 @@ class Session:
 
     def _start_remote(self, memory: dict[DeviceName, int], limits: Limits, on_stage: OnStage) -> ClusterView:
         self._placement = find_or_create_placement(self.config, self.app, self.checkpoint, limits)
-        holder = f"engine-{uuid.uuid4().hex}"
-        self._lease = Lease(self.app, holder, tell=self._tell, on_restart=self._rejoin, on_life=self._follow_shadow)
-        reference: Any = self._placement.start.remote(memory, self._keys.public)
+        self._lease = Lease(
+            self.app,
+            self._holder,
+            tell=self._tell,
+            standing=self._standing,
+            on_restart=self._rejoin,
+            on_life=self._on_life,
+        )
+        reference: Any = self._placement.start.remote(memory, self._keys.public, self._holder)
         while not ray.wait([reference], timeout=PROGRESS_S)[0]:
             try:
                 done, wanted = ray.get(self._placement.progress.remote(), timeout=STATS_TIMEOUT_S)
@@ -224,15 +231,38 @@ class Session:
 
     def _rejoin(self, placement: Any) -> None:
         """The placement actor was restarted: tell it owners and settings, and use its new socket."""
+        self._stale = True  # its versions have nothing to do with those of its life before
         if self._news is not None:
             settings = self.scheduling.model_dump(mode="json")
-            reference = placement.rejoin.remote(self._keys.public, self._ownership, settings)
+            reference = placement.rejoin.remote(self._holder, self._keys.public, self._ownership, settings)
             self._news.move(ray.get(reference, timeout=REJOIN_TIMEOUT_S))
 
-    def _follow_shadow(self, life: Life) -> None:
-        """The shadow may have come, gone, or moved."""
+    def _on_life(self, life: Life) -> None:
+        """The shadow may have come, gone, or moved; and so may workers."""
         if self._link is not None:
             self._link.move(life.shadow)
+        if hasattr(self, "service") and (self._stale or life.version != self._version):
+            self._take_view()
+
+    def _take_view(self) -> None:
+        """Let the engine go by the owners that there are now. On the lease's thread."""
+        assert self._placement is not None, "a lease is on a placement actor"
+        reference: Any = self._placement.view.remote()
+        view: Any = ray.get(reference, timeout=STATS_TIMEOUT_S)
+        primary = primary_owners(self.checkpoint.sizes(), view.ownership, spreads(self.config, self.checkpoint.sizes()))
+        self.service.adopt(view.ownership, primary, view.endpoints)
+        self._ownership, self._version, self._stale = view.ownership, view.version, False
+        self.replication = view.replication
+
+    def _standing(self) -> tuple[int | None, tuple[DeviceName, ...]]:
+        """The version that the engine works with, and whom it waits for in vain."""
+        if not hasattr(self, "service"):
+            return 0, ()
+        return self._version, self.service.suspects
+
+    def _heed_suspects(self, lease: Lease) -> None:
+        """What the engine finds silent is told at once, and what comes of it is heard soon."""
+        self.service.on_suspect = lease.hurry
 
     def _tell(self) -> EngineStats | None:
         """The engine's counts, once there is one."""
@@ -293,6 +323,7 @@ class Session:
             refused_settings=self.refused_settings,
             recall=routing.recall,
             lead_s=self.service.lead_s,
+            degraded=routing.degraded,
             drafted=routing.drafted,
             accepted=routing.accepted,
             **{name: getattr(report, name) for name in report.__slots__ if name != "routing"},

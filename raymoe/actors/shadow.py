@@ -67,7 +67,6 @@ class ShadowShell:
         self._model = build_shadow_model(ModelConfig.model_validate(model), self._config)
         self._server: ShadowServer | None = None
         self._host: ShadowHost | None = None
-        self._workers: dict[DeviceName, Endpoint] | None = None  # none are known yet; that there are none is something
 
     def describe(self) -> ShadowInfo:
         """Node, address, memory and endpoint."""
@@ -98,10 +97,8 @@ class ShadowShell:
         from raymoe.transport.client import WorkerClient
 
         assert self._host is not None, "it serves before it conducts"
-        if workers != self._workers:
-            self._workers = dict(workers)
-            keys, limits = self._keys, self._limits
-            self._host.connect(workers, lambda: WorkerClient(workers, keys, limits), fleet, devices)
+        keys, limits = self._keys, self._limits
+        self._host.connect(workers, lambda: WorkerClient(workers, keys, limits), fleet, devices)
 
     def trace(self, on: bool) -> Recording | None:
         """Begin to record; or end it, which returns what was recorded."""

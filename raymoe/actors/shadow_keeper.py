@@ -50,6 +50,11 @@ class ShadowKeeper:
         self._info: ShadowInfo | None = None
         self._report: ShadowReport | None = None
 
+    @property
+    def public_key(self) -> bytes | None:
+        """With which it asks at the workers'; None while it is not known."""
+        return None if self._info is None else self._info.public_key
+
     def create(self) -> None:
         """Find the actor, or start it. Does not wait for it."""
         from raymoe.actors.shadow import ShadowShell

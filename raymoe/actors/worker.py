@@ -1,6 +1,7 @@
 """The expert worker as a Ray actor: a thin shell that says where it lives and hands calls on."""
 
 import os
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,12 @@ class WorkerInfo:
     """Where a worker lives, what its node can hold, and how it schedules.
 
     Attributes:
+        incarnation: names this process; another one has another.
         owned: its shard, empty for a fresh one.
         resident: ids of the experts in its slots; empty where it has none.
     """
 
+    incarnation: str
     node: str
     address: str
     pid: int
@@ -62,7 +65,7 @@ class WorkerShell:
         )
         self._scheduling = SchedulingConfig.model_validate(scheduling)
         self._worker = make_worker(self._checkpoint, self._device, self._scheduling)
-        self._owned: set[ExpertKey] = set()
+        self._incarnation = uuid.uuid4().hex
         self._server: WorkerServer | None = None
         self._publisher = Publisher(RayExporter(app), self._values).start()
 
@@ -72,11 +75,12 @@ class WorkerShell:
 
         resident = self._worker.report().resident if self._worker.has_slots else ()
         return WorkerInfo(
+            incarnation=self._incarnation,
             node=ray.get_runtime_context().get_node_id(),
             address=ray.util.get_node_ip_address(),
             pid=os.getpid(),
             free_host_bytes=psutil.virtual_memory().available,
-            owned=tuple(sorted(self._owned)),
+            owned=self._worker.owned,
             resident=tuple(expert_id(layer, expert) for layer, expert in resident),
             endpoint=self._server.endpoint if self._server else None,
             scheduling=self._scheduling,
@@ -85,10 +89,13 @@ class WorkerShell:
     def own(self, keys: tuple[ExpertKey, ...], load_all: bool) -> int:
         """Read experts into host memory, and with ``load_all`` into slots. Returns the bytes held."""
         self._worker.own(keys)
-        self._owned.update(keys)
         if load_all:
             self._worker.load_all()
         return self._worker.store.nbytes
+
+    def disown(self, keys: tuple[ExpertKey, ...]) -> None:
+        """Give experts up, and their memory."""
+        self._worker.disown(keys)
 
     def reconfigure(self, scheduling: dict[str, Any]) -> None:
         """Evict, prefetch and assist by other settings from the next call on."""

@@ -110,13 +110,13 @@ class Roster:
         self.prefixes = PrefixStore(limit)
         self._config = config
 
-    def put(self, sequence: Sequence) -> None:
-        """Let a request wait. Raises OverloadedError where as many do as may."""
+    def put(self, sequence: Sequence, beside: int = 0) -> None:
+        """Let a request wait. Raises OverloadedError where as many do as may, those ``beside`` these among them."""
         with self.changed:
             room = self._config.max_waiting + max(0, self._config.max_running - len(self.running))
-            if len(self.waiting) >= room:
+            if len(self.waiting) + beside >= room:
                 raise OverloadedError(
-                    f"{len(self.waiting)} requests are waiting already, no more are taken; try again later"
+                    f"{len(self.waiting) + beside} requests are waiting already, no more are taken; try again later"
                 )
             self.waiting.put(sequence)
             self.changed.notify()
@@ -137,6 +137,8 @@ class Roster:
     def admit(self, now_s: float) -> list[Sequence]:
         """Let in whose turn it is, as long as there is room. Kept caches make room for them.
 
+        Returns those who come in for the first time.
+
         Nobody is let in before who is first: what is small would keep what is large waiting for ever.
         """
         admitted: list[Sequence] = []
@@ -149,9 +151,21 @@ class Roster:
                     self.prefixes.shrink_to(self.ledger.free_bytes)
                 self.waiting.remove(first)
                 self.running.append(first)
-                first.begun_s = now_s
-                admitted.append(first)
+                if first.begun_s is None:
+                    first.begun_s = now_s
+                    admitted.append(first)
         return admitted
+
+    def leave(self, sequence: Sequence) -> None:
+        """A request that ran cannot go on for now: what was set aside for it is free."""
+        with self.changed:
+            self.running.remove(sequence)
+            self.ledger.give_back(sequence.id)
+
+    def come_back(self, sequence: Sequence) -> None:
+        """It can: it waits where it would if it had never begun."""
+        with self.changed:
+            self.waiting.put(sequence)
 
     def keep(self, cache: Kept, sequence: Sequence) -> None:
         """Keep the cache of a request that ends, in the memory that was set aside for it and what else is free."""

@@ -1,6 +1,7 @@
 """From logits to what a client hears: tokens are chosen, become text, and go out in chunks."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -66,9 +67,12 @@ class Answers:
         self._totals.routing += cost
         if cost.substituted:
             sequence.inexact = max(sequence.inexact, alpha)
+        if cost.degraded:  # whatever alpha others allow, this is not what they would get
+            sequence.inexact = math.inf
 
     def _emit(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         sequence.answer.append(token)
+        sequence.lost_s = None
         self._on_token(sequence.id)
         ended = token in sequence.end_tokens
         text = "" if ended else sequence.text.push(token)

@@ -10,7 +10,7 @@ T tokens, K experts per token, E experts, H hidden.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -22,10 +22,14 @@ from raymoe.config import SchedulingConfig
 from raymoe.engine.conductor import Conductor
 from raymoe.engine.dispatch import Dispatcher, nothing
 from raymoe.engine.foresight import Foresight
+from raymoe.engine.lost import LostExperts
 from raymoe.engine.prefill import PrefillPlanner
+from raymoe.errors import ExpertUnavailableError
 from raymoe.experts.call import ExpertAnswer, LoadOrder
 from raymoe.model.router import Router
 from raymoe.model.runner import SequenceState
+from raymoe.placement.assignment import Fleet
+from raymoe.placement.owners import NOBODY
 from raymoe.transport.shadow_messages import Plan
 from raymoe.types import DeviceName, Routing, SamplingRecipe, StepId
 
@@ -41,13 +45,16 @@ class CachelessScheduler:
     Args:
         foresight: plans, and the way to the shadow.
         conductor: makes plans of this process's own forecasts.
+        substitutes_lost: whether other experts compute in the place of those that nobody can be asked for.
 
     Attributes:
         alpha: of no account: this policy is exact.
         prefill: how prompts are cut into mini-batches.
     """
 
-    def __init__(self, dispatcher: Dispatcher, foresight: Foresight, conductor: Conductor) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, foresight: Foresight, conductor: Conductor, *, substitutes_lost: bool = False
+    ) -> None:
         self.dispatcher = dispatcher
         self.foresight = foresight
         foresight.on_plan = dispatcher.order_here
@@ -61,10 +68,17 @@ class CachelessScheduler:
         self._tokens: list[int] = []
         self._weights_TK = torch.empty(0)
         self._decisions = 0
+        self._lost = LostExperts(dispatcher, substitutes=substitutes_lost)
         assert dispatcher.fleet is not None, "without a cache any owner of an expert may be asked"
         self.prefill = PrefillPlanner(dispatcher.fleet)
         self._place = {name: place for place, name in enumerate(dispatcher.devices)}
         dispatcher.on_round_trip = self._learn_message_cost
+        dispatcher.on_fleet = self._use
+
+    def _use(self, fleet: Fleet) -> None:
+        """Who owns what has changed, or who is avoided."""
+        self._conductor.use(fleet)
+        self.prefill.use(fleet)
 
     def reconfigure(self, scheduling: SchedulingConfig) -> None:
         """Nothing: what can be changed while the model runs is of policy importance."""
@@ -74,13 +88,15 @@ class CachelessScheduler:
     ) -> None:
         """Make plans of these forecasts, with the routers (one per MoE layer) whose choices they foretell."""
         self._routers, self._forecast, self._history = routers, forecast, history
+        self._lost.routers = routers
 
     # --- what the trunk calls ---------------------------------------------------------------------------
 
     def route(
         self, layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The router's own choice."""
+        """The router's own choice, but for experts that are lost."""
+        experts_TK, weights_TK = self._lost.route(layer, experts_TK, weights_TK)
         self._weights_TK = weights_TK
         self._decisions += experts_TK.shape[0]
         return experts_TK, weights_TK
@@ -123,20 +139,24 @@ class CachelessScheduler:
         tokens, k = experts_TK.shape
         most = self.dispatcher.max_rows
         if tokens > most:
-            parts = zip(hidden_TH.split(most), experts_TK.split(most), strict=True)
-            return torch.cat([self._compute_prompt(layer, hidden, experts) for hidden, experts in parts])
+            pieces = zip(hidden_TH.split(most), experts_TK.split(most), strict=True)
+            return torch.cat([self._compute_prompt(layer, hidden, experts) for hidden, experts in pieces])
         experts_P = experts_TK.reshape(-1).cpu().numpy()
         rows_P = np.repeat(np.arange(tokens), k)
         row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
-        batches = self.prefill.plan(layer, experts_P, rows_P, row_bytes)
+        lost_E = self.dispatcher.lost(layer)
+        lost_P = np.zeros(len(experts_P), dtype=bool) if lost_E is None else lost_E[experts_P]
+        owned_P = np.flatnonzero(~lost_P)
+        batches = self.prefill.plan(layer, experts_P[owned_P], rows_P[owned_P], row_bytes) if owned_P.size else []
         step = self.foresight.step
         if step is not None:
             for batch in batches:
                 order = LoadOrder(step=step, epoch=0, layer=layer, experts=batch.experts_N.astype(np.int32))
                 self.dispatcher.order(self.dispatcher.devices[batch.worker], order)
-        return self.dispatcher.compute_parts(
-            layer, hidden_TH, experts_TK, [(b.worker, b.pairs_P) for b in batches], step, self._learn_cost
-        )
+        parts = [(batch.worker, owned_P[batch.pairs_P]) for batch in batches]
+        if lost_P.any():
+            parts.append((NOBODY, np.flatnonzero(lost_P)))
+        return self.dispatcher.compute_parts(layer, hidden_TH, experts_TK, parts, step, self._learn_cost)
 
     def _learn_cost(self, worker: int, sent_bytes: int, answer: ExpertAnswer, round_trip_s: float | None) -> None:
         self.prefill.costs[worker].call(sent_bytes, answer, round_trip_s)
@@ -156,6 +176,8 @@ class CachelessScheduler:
                     if scores_TE is not None:
                         rule = self._routers[there].rule
                         self._plan(step, there, scores_TE if rule is None else rule.selection_scores(scores_TE), k)
+        except ExpertUnavailableError as error:  # nobody could be told to load it
+            log.debug("no plan of a forecast from layer %d: %s", layer, error)
         except Exception:
             log.exception("forecasts from layer %d failed; there are no more of this kind", layer)
             self._forecast = None
@@ -208,7 +230,16 @@ class CachelessScheduler:
         self.foresight.end(sequence)
         self.dispatcher.forget(sequence)
 
+    def look(self) -> None:
+        """Between steps: take in news of workers."""
+        self.dispatcher.look()
+
+    def serves(self, experts: Collection[tuple[int, int]]) -> bool:
+        """Whether requests that need these (layer, expert) can go on."""
+        return self._lost.serves(experts)
+
     def take_cost(self) -> Routing:
         """What steps cost since the last take, and how well those before them had been foretold."""
         decisions, self._decisions = self._decisions, 0
-        return self.dispatcher.take_cost() + Routing(decisions=decisions) + self.foresight.book.take()
+        own = Routing(decisions=decisions, degraded=self._lost.take())
+        return self.dispatcher.take_cost() + own + self.foresight.book.take()

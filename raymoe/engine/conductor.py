@@ -49,9 +49,21 @@ class Conductor:
         self._send = send
         self._ordered: OrderedDict[tuple[int, int], _Ordered] = OrderedDict()  # by sequence and layer
 
+    def use(self, fleet: Fleet) -> None:
+        """Conduct these workers from now on. What was ordered of one who does not own it any more was not ordered."""
+        self._fleet = fleet
+        for (_, layer), ordered in self._ordered.items():
+            owned_WE = fleet.owners_LWE[layer]
+            for expert in [expert for expert, worker in ordered.workers.items() if not owned_WE[worker, expert]]:
+                del ordered.workers[expert]
+
     def conduct(self, forecast: LayerForecast) -> Plan:
-        """Order what a forecast names and none before it did for this layer; returns who was told what, now or then."""
+        """Order what a forecast names and none before it did for this layer; returns who was told what, now or then.
+
+        An expert that nobody owns now is left out.
+        """
         experts_N = in_order_of_need(forecast.experts_TK)
+        experts_N = experts_N[self._fleet.owned(forecast.layer, experts_N)]
         before = self._before(forecast)
         workers_N = self._hand_out(experts_N, forecast.layer, before.workers)
         self._send_orders(forecast, experts_N, workers_N, before)

@@ -6,95 +6,30 @@ involved, and nothing is created per expert. A ``local`` worker costs a function
 T tokens, K experts per token, P = T * K pairs, H hidden.
 """
 
-import itertools
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 
-from raymoe.errors import ExpertUnavailableError
-from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder, layer_and_expert
-from raymoe.experts.worker import Begun
+from raymoe.engine.directory import Directory, View, by_fleet, by_primary
+from raymoe.engine.exchange import Answered, Exchange
+from raymoe.engine.here import CallsHere, Part
+from raymoe.engine.holdings import Changes, Holdings
+from raymoe.engine.splitting import by_worker, subset
+from raymoe.engine.suspects import Suspects
+from raymoe.engine.workers import LocalWorker, RemoteWorkers
+from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder
 from raymoe.placement.assignment import Fleet, reassign
+from raymoe.placement.owners import NOBODY
+from raymoe.placement.ownership import Ownership
 from raymoe.transport.shadow_messages import Plan
+from raymoe.transport.sockets import Endpoint
 from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing, StepId
-
-
-class LocalWorker(Protocol):
-    """A worker in this process."""
-
-    def begin(self, call: ExpertCall) -> Begun:
-        """Start the loads of a call."""
-        ...
-
-    def finish(self, begun: Begun) -> ExpertAnswer:
-        """Compute it."""
-        ...
-
-    def preview(self, begun: Begun) -> tuple[np.ndarray, torch.Tensor]:
-        """Bool per pair of a call that has begun: whether it needs no load; and those pairs' outputs."""
-        ...
-
-    def ready(self, layer: int) -> np.ndarray:
-        """Bool per expert: whether it needs no load."""
-        ...
-
-    def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
-        """A forecast for a layer to come."""
-        ...
-
-    def order(self, order: LoadOrder) -> None:
-        """Experts to have in slots when a step comes to a layer."""
-        ...
-
-    def forget(self, sequence: int) -> None:
-        """A sequence is finished; its orders are void."""
-        ...
-
-    @property
-    def load_s(self) -> float | None:
-        """Seconds to load one expert."""
-        ...
-
-
-class RemoteWorkers(Protocol):
-    """Workers in other processes.
-
-    Attributes:
-        while_waiting: done again and again while answers are waited for; None is nothing.
-    """
-
-    while_waiting: Callable[[], None] | None
-
-    def send(self, device: DeviceName, call: ExpertCall) -> int:
-        """Send a call; returns its request number."""
-        ...
-
-    def gather(
-        self, requests: dict[int, DeviceName], timeout_s: float, arrived_s: dict[int, float] | None = None
-    ) -> dict[int, ExpertAnswer]:
-        """Wait for answers; ``arrived_s`` takes the time at which each came."""
-        ...
-
-    def order(self, device: DeviceName, order: LoadOrder) -> None:
-        """Pass an order on; never waits."""
-        ...
-
-    def forget(self, device: DeviceName, sequence: int) -> None:
-        """A sequence is finished; never waits."""
-        ...
-
 
 OnAnswer = Callable[[int, int, ExpertAnswer, float | None], None]
 """Told of an answer: worker, bytes sent to it, the answer, and the round trip where nothing else was waited for."""
-
-UnderWay = tuple[LocalWorker, Begun, np.ndarray | None]
-"""A call that has begun: whose, and which of all pairs are its; None is all of them in order."""
-
-Changes = dict[DeviceName, tuple[list[int], list[int]]]
-"""Per device: ids of experts loaded and evicted."""
 
 
 def nothing() -> None:
@@ -102,20 +37,22 @@ def nothing() -> None:
 
 
 class Dispatcher:
-    """Asks the owners of experts. Used by one thread.
+    """Asks the owners of experts. Used by one thread, but for ``adopt``, ``suspects`` and the counts.
 
     Attributes:
-        fleet: as given.
         on_round_trip: told of each small call to a remote worker that needed no load: its device, and the seconds that
             it took but for computing.
+        on_suspect: called when a worker falls silent.
+        on_fleet: told of each new fleet.
 
     Args:
-        owners: whom to ask for each expert.
+        owners: whom to ask for each expert while all are well.
+        ownership: all that own it; omitted: nobody else does.
         max_rows: tokens per message; longer prompts go in several, so that messages stay bounded.
         bounded: remote devices with slots; the others hold all of their experts ready.
         fleet: where nothing stays resident, the workers, any owner of an expert among whom may be asked for it;
             ``owners`` is of no account then. None: its owner by that table is asked.
-        devices: the fleet's, in its order.
+        devices: all workers that there may be, in their order, which is the fleet's.
     """
 
     def __init__(
@@ -126,29 +63,106 @@ class Dispatcher:
         local: Mapping[DeviceName, LocalWorker],
         remote: RemoteWorkers | None,
         timeout_s: float,
+        ownership: Ownership | None = None,
         max_rows: int = 2048,
         on_changes: Callable[[Changes], None] | None = None,
         bounded: Collection[DeviceName] = (),
         fleet: Fleet | None = None,
         devices: Sequence[DeviceName] = (),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._local = local
         self._remote = remote
-        self._timeout_s = timeout_s
         self._max_rows = max_rows
-        self._on_changes = on_changes
         self._zeros = np.zeros(max(size.top_k for size in sizes), dtype=np.int32)
         self._cost = Routing()
-        self._under_way: list[UnderWay] = []
-        self._changes: Changes = {}
-        self._bounded = frozenset(bounded)
-        self._remote_load_s: dict[DeviceName, float] = {}
-        self.fleet = fleet
+        self._gave_way: dict[DeviceName, int] = {}
+        self._posted: View | None = None
+        self._posting = threading.Lock()
         self.on_round_trip: Callable[[DeviceName, float], None] | None = None
-        self.set_owners(sizes, owners)
-        if fleet is not None:
-            self._names = list(devices)
-            self._resident = self._residency_of_fleet(fleet)
+        self.on_suspect: Callable[[], None] = nothing
+        self.on_fleet: Callable[[Fleet], None] = lambda fleet: None
+        if ownership is None:
+            ownership = by_primary(owners) if fleet is None else by_fleet(fleet, devices)
+        self._directory = Directory(sizes, View(ownership=ownership, primary=owners), devices, fleet)
+        self._directory.on_fleet = lambda fleet: self.on_fleet(fleet)
+        self._holdings = Holdings(local, bounded, on_changes)
+        self._know_holdings()
+        self._suspects = Suspects(remote, clock)
+        self._suspects.on_change = lambda: self._directory.avoid(self._suspects.names)
+        self._suspects.on_suspect = lambda: self.on_suspect()
+        self._exchange = Exchange(
+            self._directory,
+            self._holdings,
+            self._suspects,
+            local=local,
+            remote=remote,
+            timeout_s=timeout_s,
+            on_answer=self.account,
+            catch_up=self.catch_up,
+            clock=clock,
+        )
+        self._here = CallsHere(local, self._directory, self._exchange)
+
+    # --- owners -------------------------------------------------------------------------------------------
+
+    def adopt(
+        self,
+        ownership: Ownership,
+        primary: Mapping[ExpertKey, DeviceName],
+        endpoints: Mapping[DeviceName, Endpoint],
+    ) -> None:
+        """Who owns what, whom to ask first, and where remote workers listen, from the next step on. From any thread."""
+        with self._posting:
+            self._posted = View(ownership=ownership, primary=primary, endpoints=endpoints)
+
+    def catch_up(self) -> set[DeviceName]:
+        """Go by what was to be adopted, if anything was; returns workers whose connection is another one now."""
+        if self._posted is None:
+            return set()
+        with self._posting:
+            view, self._posted = self._posted, None
+        moved = self._remote.connect(view.endpoints) if self._remote is not None else set()
+        self._directory.adopt(view)
+        self._holdings.forget(moved)
+        self._know_holdings()
+        self._suspects.forget(moved)
+        return moved
+
+    def look(self) -> None:
+        """Between steps: take in news of owners, and whether suspects answer again."""
+        self.catch_up()
+        if self._suspects.names:
+            self._suspects.look()
+
+    def has(self, experts: Collection[tuple[int, int]]) -> bool:
+        """Whether there is somebody to ask for all of these: (layer, expert)."""
+        return self._directory.has(experts)
+
+    def lost(self, layer: int) -> np.ndarray | None:
+        """Bool [E]: the experts of a layer that nobody can be asked for; None where there are none."""
+        return self._directory.lost(layer)
+
+    @property
+    def suspects(self) -> tuple[DeviceName, ...]:
+        """Workers that are silent."""
+        return tuple(sorted(self._suspects.names))
+
+    @property
+    def rerouted(self) -> int:
+        """Calls that were handed out again so far."""
+        return self._exchange.rerouted
+
+    @property
+    def late_answers(self) -> int:
+        """Answers that came when nobody waited for them any more, and were dropped."""
+        return self._remote.late_answers if self._remote is not None else 0
+
+    def _know_holdings(self) -> None:
+        for worker, name in enumerate(self._directory.names):
+            self._holdings.own(name, self._directory.owned_by(worker))
+
+    # --- what is known of workers --------------------------------------------------------------------------
 
     @property
     def max_rows(self) -> int:
@@ -156,94 +170,73 @@ class Dispatcher:
         return self._max_rows
 
     @property
+    def fleet(self) -> Fleet | None:
+        """As given, with what is owned now; who is avoided owns nothing."""
+        return self._directory.fleet
+
+    @property
     def devices(self) -> tuple[DeviceName, ...]:
         """The workers' names, in the order of the fleet where there is one."""
-        return tuple(self._names)
+        return self._directory.names
 
     @property
     def only_worker(self) -> LocalWorker | None:
         """The worker, where there is one and it is in this process."""
-        return self._local.get(self._names[0]) if len(self._names) == 1 else None
-
-    def set_owners(self, sizes: tuple[LayerSize, ...], owners: Mapping[ExpertKey, DeviceName]) -> None:
-        """Ask these workers from the next call on. Raises ExpertUnavailableError for an expert without one."""
-        names = sorted(set(owners.values()))
-        number = {name: index for index, name in enumerate(names)}
-        table = [np.full(size.experts, -1, dtype=np.int16) for size in sizes]
-        for key, name in owners.items():
-            table[key.layer][key.expert] = number[name]
-        for layer, row in enumerate(table):
-            if (row < 0).any():
-                raise ExpertUnavailableError(f"layer {layer}: expert {int(np.argmin(row))} has no owner")
-        self._names, self._owner = names, table
-        self._gave_way = [0] * len(names)
-        self._resident = {
-            name: [
-                (row == number[name]) if name not in self._bounded else np.zeros(len(row), dtype=bool) for row in table
-            ]
-            for name in names
-            if name not in self._local
-        }
-
-    def _residency_of_fleet(self, fleet: Fleet) -> dict[DeviceName, list[np.ndarray]]:
-        """What remote devices hold at the beginning: all that they own where they have no slots, else nothing."""
-        return {
-            name: [
-                owners_WE[worker].copy() if name not in self._bounded else np.zeros(owners_WE.shape[1], dtype=bool)
-                for owners_WE in fleet.owners_LWE
-            ]
-            for worker, name in enumerate(self._names)
-            if name not in self._local
-        }
+        names = self.devices
+        return self._local.get(names[0]) if len(names) == 1 else None
 
     def assume_resident(self, name: DeviceName, identifiers: Collection[int]) -> None:
         """Experts that a bounded device had in its slots before this engine asked it for anything."""
-        for identifier in identifiers if name in self._bounded and name in self._resident else ():
-            layer, expert = layer_and_expert(identifier)
-            self._resident[name][layer][expert] = True
+        self._holdings.assume(name, identifiers)
 
     def available(self, layer: int) -> np.ndarray:
         """Bool per expert of the layer: whether its owner has it ready, as far as is known here."""
-        if len(self._names) == 1 and self._names[0] in self._local:
-            return self._local[self._names[0]].ready(layer)
-        available_E = np.zeros(len(self._owner[layer]), dtype=bool)
-        for index, name in enumerate(self._names):
-            worker = self._local.get(name)
-            ready_E = worker.ready(layer) if worker is not None else self._resident[name][layer]
-            available_E |= ready_E & (self._owner[layer] == index)
+        only = self.only_worker
+        if only is not None:
+            return only.ready(layer)
+        owner_E = self._directory.owner_LE[layer]
+        available_E = np.zeros(len(owner_E), dtype=bool)
+        for worker, name in enumerate(self.devices):
+            available_E |= self._holdings.ready(name, layer) & (owner_E == worker)
         return available_E
 
     def holding(self, layer: int) -> np.ndarray:
         """Bool [W, E] of a fleet: what each worker has in its slots, as far as is known here."""
-        return np.stack(
-            [
-                self._local[name].ready(layer) if name in self._local else self._resident[name][layer]
-                for name in self._names
-            ]
-        )
+        assert self.fleet is not None
+        held_WE = np.stack([self._holdings.ready(name, layer) for name in self.devices[: self.fleet.workers]])
+        return held_WE & self.fleet.owners_LWE[layer]
 
     def loads_s(self) -> list[float | None]:
         """Seconds to load one expert on each device, as measured lately; None where that is not known."""
-        return [
-            self._local[name].load_s if name in self._local else self._remote_load_s.get(name) for name in self._names
-        ]
-
-    def listen(self, action: Callable[[], None]) -> None:
-        """Do something again and again while remote workers are waited for. It must not ask for experts itself."""
-        if self._remote is not None:
-            self._remote.while_waiting = action
+        return [self._holdings.load_s(name) for name in self.devices]
 
     def load_s(self) -> float | None:
         """Seconds to load one expert on the slowest device, as measured lately; None where none is known."""
-        local = (seconds for worker in self._local.values() if (seconds := worker.load_s) is not None)
-        return max((*local, *self._remote_load_s.values()), default=None)
+        return self._holdings.slowest_load_s()
 
     def by_owner(self, layer: int, experts: np.ndarray) -> dict[DeviceName, np.ndarray]:
-        """Which of ``experts`` each device owns, as a mask over them."""
-        if len(self._names) == 1:
-            return {self._names[0]: np.ones(len(experts), dtype=bool)}
-        owners = self._owner[layer][experts]
-        return {self._names[index]: owners == index for index in np.unique(owners).tolist()}
+        """Which of ``experts`` each device is asked for, as a mask over them."""
+        if len(self.devices) == 1:
+            return {self.devices[0]: np.ones(len(experts), dtype=bool)}
+        owners = self._directory.owner_LE[layer][experts]
+        return {self.devices[worker]: owners == worker for worker in np.unique(owners).tolist() if worker != NOBODY}
+
+    def gave_way(self, layer: int, experts: np.ndarray) -> None:
+        """These experts of the router's choice were replaced by others."""
+        for worker in self._directory.owner_LE[layer][experts].tolist():
+            if worker != NOBODY:
+                name = self.devices[worker]
+                self._gave_way[name] = self._gave_way.get(name, 0) + 1
+
+    def substituted(self) -> dict[DeviceName, int]:
+        """By device, the (token, expert) pairs of the router that would have been its to compute, but were replaced."""
+        return {name: self._gave_way.get(name, 0) for name in self.devices}
+
+    # --- asking -------------------------------------------------------------------------------------------
+
+    def listen(self, action: Callable[[], None]) -> None:
+        """Do something again and again while remote workers are waited for. It must not ask for experts itself."""
+        self._exchange.while_waiting = action
 
     def compute(
         self,
@@ -263,6 +256,10 @@ class Dispatcher:
             meanwhile: done once, when the workers have begun to load.
             step: the forward that this is for, where orders were sent for it.
             plan: who was told to load which experts for this layer of it.
+
+        Raises:
+            ExpertLostError: nobody can be asked for an expert.
+            ExpertUnavailableError: a worker fails, or does not answer in time though it lives.
         """
         tokens, k = experts_TK.shape
         if tokens > self._max_rows:
@@ -271,36 +268,24 @@ class Dispatcher:
             meanwhile()
             return torch.cat(outputs)
         experts_P = experts_TK.reshape(-1).cpu().numpy().astype(np.int32)
-        hand_out = self.fleet is not None
-        owner_P = self._hand_out(layer, experts_P, plan) if hand_out else self._owner[layer][experts_P]
-        if tokens == 1:
+        worker_P = self._hand_out(layer, experts_P, plan)
+        calls: list[Part]
+        if tokens == 1 and (worker_P == worker_P[0]).all():
             rows_P = self._zeros[:k] if k <= len(self._zeros) else np.zeros(k, dtype=np.int32)
-            if (owner_P == owner_P[0]).all():
-                call = ExpertCall(
-                    layer=layer, hidden_RH=hidden_TH, experts_P=experts_P, rows_P=rows_P, scores_E=scores_E, step=step
-                )
-                return self._ask_one(self._names[owner_P[0]], call, hidden_TH.device, meanwhile).view(1, k, -1)
+            call = ExpertCall(
+                layer=layer, hidden_RH=hidden_TH, experts_P=experts_P, rows_P=rows_P, scores_E=scores_E, step=step
+            )
+            calls = [(int(worker_P[0]), call, None)]
         else:
             rows_P = np.repeat(np.arange(tokens, dtype=np.int32), k)
-            if len(self._names) == 1 or (owner_P == owner_P[0]).all():
-                return self._ask_one_for_all(layer, hidden_TH, experts_P, rows_P, owner_P[0], scores_E, step, meanwhile)
-        order_P = np.lexsort((experts_P, owner_P))
-        bounds = np.flatnonzero(np.diff(owner_P[order_P], prepend=-1, append=-1)).tolist()
-        calls = {}
-        for start, end in itertools.pairwise(bounds):
-            mine_P = order_P[start:end]
-            name = self._names[owner_P[mine_P[0]]]
-            calls[name] = (mine_P, subset(layer, hidden_TH, experts_P[mine_P], rows_P[mine_P], scores_E, step))
-        return self._ask_all(calls, len(experts_P), hidden_TH.device, meanwhile).view(tokens, k, -1)
-
-    def gave_way(self, layer: int, experts: np.ndarray) -> None:
-        """These experts of the router's choice were replaced by others."""
-        for owner in self._owner[layer][experts].tolist():
-            self._gave_way[owner] += 1
-
-    def substituted(self) -> dict[DeviceName, int]:
-        """By device, the (token, expert) pairs of the router that would have been its to compute, but were replaced."""
-        return dict(zip(self._names, self._gave_way, strict=True))
+            calls = [
+                (worker, subset(layer, hidden_TH, experts_P[mine_P], rows_P[mine_P], scores_E, step), mine_P)
+                for worker, mine_P in by_worker(experts_P, worker_P)
+            ]
+        done = self._ask(calls, len(experts_P), meanwhile)
+        for answered in done:
+            self._time(answered)
+        return self._joined(done, len(experts_P), hidden_TH.device).view(tokens, k, -1)
 
     def compute_parts(
         self,
@@ -319,44 +304,69 @@ class Dispatcher:
         tokens, k = experts_TK.shape
         experts_P = experts_TK.reshape(-1).cpu().numpy().astype(np.int32)
         rows_P = np.repeat(np.arange(tokens, dtype=np.int32), k)
-        calls = [subset(layer, hidden_TH, experts_P[mine_P], rows_P[mine_P], None, step) for _, mine_P in parts]
-        requests: dict[int, DeviceName] = {}
-        sent: dict[int, tuple[int, float]] = {}
-        answers: dict[int, ExpertAnswer] = {}
-        for number, ((worker, _), call) in enumerate(zip(parts, calls, strict=True)):
-            name = self._names[worker]
-            if name not in self._local:
-                assert self._remote is not None, "a device is either local or remote"
-                request = self._remote.send(name, call)
-                requests[request], sent[request] = name, (number, time.monotonic())
-        for number, ((worker, _), call) in enumerate(zip(parts, calls, strict=True)):
-            local = self._local.get(self._names[worker])
-            if local is not None:
-                answers[number] = local.finish(local.begin(call))
-                on_answer(worker, 0, answers[number], None)
-        if requests:
-            assert self._remote is not None
-            arrived_s: dict[int, float] = {}
-            gathered = self._remote.gather(requests, self._timeout_s, arrived_s)
-            first = {worker: number for number, (worker, _) in reversed(list(enumerate(parts)))}
-            for request, answer in gathered.items():
-                number, sent_s = sent[request]
-                worker, alone = parts[number][0], first[parts[number][0]] == number and not answer.misses
-                answers[number] = answer
-                round_trip_s = arrived_s[request] - sent_s if alone else None
-                on_answer(worker, calls[number].hidden_RH.nbytes, answer, round_trip_s)
-        output_PH = hidden_TH.new_empty((len(experts_P), answers[0].output_PH.shape[1]))
-        for number, answer in answers.items():
-            output_PH[torch.from_numpy(parts[number][1]).to(output_PH.device)] = answer.output_PH.to(output_PH.device)
-            self.account(self._names[parts[number][0]], answer)
-        return output_PH.view(tokens, k, -1)
+        calls: list[Part] = [
+            (worker, subset(layer, hidden_TH, experts_P[mine_P], rows_P[mine_P], None, step), mine_P)
+            for worker, mine_P in parts
+        ]
+        done = self._ask(calls, len(experts_P), nothing)
+        for answered in done:
+            asked, answer = answered.asked, answered.answer
+            is_remote = asked.name not in self._local
+            round_trip_s = answered.arrived_s - asked.sent_s if asked.is_alone and is_remote else None
+            sent_bytes = asked.call.hidden_RH.nbytes if is_remote else 0
+            on_answer(asked.worker, sent_bytes, answer, None if answer.misses or asked.doubts else round_trip_s)
+        return self._joined(done, len(experts_P), hidden_TH.device).view(tokens, k, -1)
 
     def _hand_out(self, layer: int, experts_P: np.ndarray, plan: Plan | None) -> np.ndarray:
-        """The worker of each pair [P], where any owner of its expert may be asked."""
-        assert self.fleet is not None
+        """The worker of each pair [P]; in a fleet any owner of its expert may be asked."""
+        owner_E, fleet = self._directory.owner_LE[layer], self.fleet
+        if fleet is None:
+            owner_P: np.ndarray = owner_E[experts_P]
+            return owner_P
         needed_N, index_P = np.unique(experts_P, return_inverse=True)
+        owned_N = owner_E[needed_N] != NOBODY
         planned = {} if plan is None else dict(zip(plan.experts_N.tolist(), plan.workers_N.tolist(), strict=True))
-        return reassign(needed_N, planned, layer, self.fleet)[index_P]
+        worker_N = np.full(len(needed_N), NOBODY, dtype=np.int64)
+        worker_N[owned_N] = reassign(needed_N[owned_N], planned, layer, fleet)
+        return worker_N[index_P]
+
+    def _ask(self, calls: list[Part], pairs: int, meanwhile: Callable[[], None]) -> list[Answered]:
+        """Send to remote workers first, compute local ones meanwhile, then gather."""
+        try:
+            here: list[Part] = []
+            for part in calls:
+                worker, call, mine_P = part
+                if worker != NOBODY and self.devices[worker] in self._local:
+                    here.append(part)
+                else:
+                    self._exchange.send(worker, call, mine_P)
+            if here:
+                self._here.compute(here, meanwhile)
+            else:
+                meanwhile()
+            return self._exchange.gather(pairs)
+        finally:
+            self._exchange.clear()
+
+    def _joined(self, done: list[Answered], pairs: int, device: torch.device) -> torch.Tensor:
+        """The output of every pair [P, H]."""
+        first = done[0]
+        if len(done) == 1 and first.asked.pairs_P is None and first.counts_P is None:
+            return first.answer.output_PH.to(device)
+        some_PH = first.answer.output_PH
+        output_PH = torch.empty((pairs, some_PH.shape[1]), dtype=some_PH.dtype, device=device)
+        for answered in done:
+            answered.put_into(output_PH)
+        return output_PH
+
+    def _time(self, answered: Answered) -> None:
+        """Tell how long a call was on its way, where it waited for no load."""
+        asked, answer = answered.asked, answered.answer
+        if self.on_round_trip is None or asked.name in self._local or answer.misses or asked.doubts:
+            return
+        self.on_round_trip(asked.name, max(0.0, answered.arrived_s - asked.sent_s - answer.compute_s))
+
+    # --- orders and forecasts ------------------------------------------------------------------------------
 
     def order(self, name: DeviceName, order: LoadOrder) -> None:
         """Tell a worker which experts to have in its slots when a step comes to a layer. Never waits."""
@@ -369,14 +379,14 @@ class Dispatcher:
     def order_here(self, plan: Plan) -> None:
         """Tell the workers in this process what a plan of another wants of them."""
         for worker in np.unique(plan.workers_N).tolist():
-            name = self._names[worker]
+            name = self.devices[worker]
             if name in self._local:
                 mine_N = plan.experts_N[plan.workers_N == worker]
                 self._local[name].order(LoadOrder(step=plan.step, epoch=plan.epoch, layer=plan.layer, experts=mine_N))
 
     def forget(self, sequence: int) -> None:
         """Tell the workers of a fleet that a sequence is finished."""
-        for name in self._names if self.fleet is not None else ():
+        for name in self.devices if self.fleet is not None else ():
             worker = self._local.get(name)
             if worker is not None:
                 worker.forget(sequence)
@@ -389,115 +399,12 @@ class Dispatcher:
             if name in self._local:
                 self._local[name].expect(layer, experts[mine], scores[mine])
 
-    def _ask_one_for_all(
-        self,
-        layer: int,
-        hidden_TH: torch.Tensor,
-        experts_P: np.ndarray,
-        rows_P: np.ndarray,
-        owner: int,
-        scores_E: np.ndarray | None,
-        step: StepId | None,
-        meanwhile: Callable[[], None],
-    ) -> torch.Tensor:
-        """Every pair of several tokens, of one worker; pairs of one expert lie together."""
-        order_P = np.argsort(experts_P, kind="stable")
-        call = ExpertCall(
-            layer=layer,
-            hidden_RH=hidden_TH,
-            experts_P=experts_P[order_P],
-            rows_P=rows_P[order_P],
-            scores_E=scores_E,
-            step=step,
-        )
-        answered_PH = self._ask_one(self._names[owner], call, hidden_TH.device, meanwhile, order_P)
-        output_PH = torch.empty_like(answered_PH)
-        output_PH[torch.from_numpy(order_P).to(output_PH.device)] = answered_PH
-        return output_PH.view(hidden_TH.shape[0], -1, output_PH.shape[1])
-
-    def _ask_one(
-        self,
-        name: DeviceName,
-        call: ExpertCall,
-        device: torch.device,
-        meanwhile: Callable[[], None],
-        order_P: np.ndarray | None = None,
-    ) -> torch.Tensor:
-        """The answer of one worker; ``order_P`` are the places of its pairs among the layer's, where they differ."""
-        worker = self._local.get(name)
-        if worker is not None:
-            begun = worker.begin(call)
-            self._meanwhile(meanwhile, [(worker, begun, order_P)])
-            answer = worker.finish(begun)
-        else:
-            assert self._remote is not None, "a device is either local or remote"
-            start_s = time.monotonic()
-            request = self._remote.send(name, call)
-            meanwhile()
-            answer = self._remote.gather({request: name}, self._timeout_s)[request]
-            self._time({name: answer}, start_s)
-        self.account(name, answer)
-        return answer.output_PH.to(device)
-
-    def _ask_all(
-        self,
-        calls: dict[DeviceName, tuple[np.ndarray, ExpertCall]],
-        pairs: int,
-        device: torch.device,
-        meanwhile: Callable[[], None],
-    ) -> torch.Tensor:
-        """Send to remote workers first, compute local ones meanwhile, then gather."""
-        requests: dict[int, DeviceName] = {}
-        start_s = time.monotonic()
-        for name, (_, call) in calls.items():
-            if name not in self._local:
-                assert self._remote is not None, "a device is either local or remote"
-                requests[self._remote.send(name, call)] = name
-        begun = {name: self._local[name].begin(call) for name, (_, call) in calls.items() if name in self._local}
-        self._meanwhile(meanwhile, [(self._local[name], call, calls[name][0]) for name, call in begun.items()])
-        answers = {name: self._local[name].finish(call) for name, call in begun.items()}
-        if requests:
-            assert self._remote is not None
-            gathered = self._remote.gather(requests, self._timeout_s)
-            remote = {requests[request]: answer for request, answer in gathered.items()}
-            self._time(remote, start_s)
-            answers.update(remote)
-        first = next(iter(answers.values())).output_PH
-        output_PH = torch.empty((pairs, first.shape[1]), dtype=first.dtype, device=device)
-        for name, answer in answers.items():
-            output_PH[torch.from_numpy(calls[name][0]).to(device)] = answer.output_PH.to(device)
-            self.account(name, answer)
-        return output_PH
-
-    def _time(self, answers: Mapping[DeviceName, ExpertAnswer], start_s: float) -> None:
-        """Tell how long calls were on their way, where none of them waited for a load."""
-        if self.on_round_trip is not None and not any(answer.misses for answer in answers.values()):
-            on_the_way_s = time.monotonic() - start_s - max(answer.compute_s for answer in answers.values())
-            for name in answers:
-                self.on_round_trip(name, max(0.0, on_the_way_s))
-
-    def _meanwhile(self, action: Callable[[], None], under_way: list[UnderWay]) -> None:
-        """Do something that may ask for a preview of the calls under way."""
-        self._under_way = under_way
-        try:
-            action()
-        finally:
-            self._under_way = []
-
     def preview(self, pairs: int) -> torch.Tensor | None:
         """While workers load: the output of every pair [P, H] that needs no load, zeros for the others.
 
         None where no worker in this process loads anything.
         """
-        if all(begun.ready_P.all() for _, begun, _ in self._under_way):
-            return None
-        hidden_RH = self._under_way[0][1].call.hidden_RH
-        output_PH = hidden_RH.new_zeros((pairs, hidden_RH.shape[1]))
-        for worker, begun, mine_P in self._under_way:
-            ready_P, ready_PH = worker.preview(begun)
-            known_P = np.flatnonzero(ready_P) if mine_P is None else mine_P[ready_P]
-            output_PH[torch.from_numpy(known_P).to(output_PH.device)] = ready_PH.to(output_PH.device)
-        return output_PH
+        return self._here.preview(pairs)
 
     def account(self, name: DeviceName, answer: ExpertAnswer) -> None:
         """Add what a worker's answer says of costs, residency and its link."""
@@ -509,52 +416,10 @@ class Dispatcher:
             bytes_loaded=answer.bytes_loaded,
             calls=1,
         )
-        if name in self._resident:
-            if answer.load_s is not None:
-                self._remote_load_s[name] = answer.load_s
-            for identifiers, here in ((answer.evicted, False), (answer.loaded, True)):
-                for identifier in identifiers:
-                    layer, expert = layer_and_expert(identifier)
-                    self._resident[name][layer][expert] = here
-        if self._on_changes is not None and (answer.loaded or answer.evicted):
-            loaded, evicted = self._changes.setdefault(name, ([], []))
-            for identifier in answer.evicted:  # what came and went since the last news is none
-                loaded.remove(identifier) if identifier in loaded else evicted.append(identifier)
-            for identifier in answer.loaded:
-                evicted.remove(identifier) if identifier in evicted else loaded.append(identifier)
+        self._holdings.note(name, answer)
 
     def take_cost(self) -> Routing:
         """What calls cost since the last take; also passes residency changes on."""
         cost, self._cost = self._cost, Routing()
-        if self._changes and self._on_changes is not None:
-            changes, self._changes = {name: pair for name, pair in self._changes.items() if any(pair)}, {}
-            if changes:
-                self._on_changes(changes)
+        self._holdings.publish()
         return cost
-
-
-def subset(
-    layer: int,
-    hidden_TH: torch.Tensor,
-    experts_P: np.ndarray,
-    rows_P: np.ndarray,
-    scores_E: np.ndarray | None,
-    step: StepId | None = None,
-) -> ExpertCall:
-    """A call with only the rows it needs, renumbered."""
-    if hidden_TH.shape[0] == 1:
-        return ExpertCall(
-            layer=layer, hidden_RH=hidden_TH, experts_P=experts_P, rows_P=rows_P, scores_E=scores_E, step=step
-        )
-    needed_R, renumbered_P = np.unique(rows_P, return_inverse=True)
-    hidden_RH = (
-        hidden_TH if len(needed_R) == hidden_TH.shape[0] else hidden_TH[torch.from_numpy(needed_R).to(hidden_TH.device)]
-    )
-    return ExpertCall(
-        layer=layer,
-        hidden_RH=hidden_RH,
-        experts_P=experts_P,
-        rows_P=renumbered_P.astype(np.int32),
-        scores_E=scores_E,
-        step=step,
-    )

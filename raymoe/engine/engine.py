@@ -21,6 +21,7 @@ from raymoe.engine.admission import Roster
 from raymoe.engine.answers import Answers, tell
 from raymoe.engine.drafting import Drafting
 from raymoe.engine.intake import Intake
+from raymoe.engine.parking import Owners, Parking
 from raymoe.engine.piece_size import PieceSize
 from raymoe.engine.prefixes import Kept, start_from_copy
 from raymoe.engine.request import SamplingParams
@@ -30,7 +31,7 @@ from raymoe.engine.sequence import EngineReport, OnChunk, RequestId, Sequence
 from raymoe.engine.text import Decoder
 from raymoe.engine.together import LONE_TOKENS, Part, read_together
 from raymoe.engine.totals import Totals
-from raymoe.errors import EngineStoppedError, RaymoeError, RequestError
+from raymoe.errors import EngineStoppedError, ExpertLostError, RaymoeError, RequestError
 from raymoe.model.blocks import MOST_ROWS
 from raymoe.model.kv_size import KvSize
 from raymoe.model.runner import Runner
@@ -42,6 +43,7 @@ from raymoe.types import Routing
 log = logging.getLogger(__name__)
 
 MOST_IDS = 1 << 30  # first id; forced sequences begin at 2^31
+PARKED_WAIT_S = 0.05  # how often an engine that only has parked requests looks whether they can go on
 IDLE_WAIT_S = 0.5  # how often an idle engine looks whether it should stop
 
 
@@ -53,6 +55,7 @@ class Engine:
         end_tokens: the model's ends of sequence.
         drafting: says which guesses of a shadow are read along; None: none are.
         kv: memory of one sequence's cache; omitted: it is not counted.
+        owners: knows when experts that nobody could be asked for are back; None: requests that need such ones fail.
         clock: seconds, by which requests wait.
 
     Attributes:
@@ -75,6 +78,7 @@ class Engine:
         max_output_tokens: int,
         drafting: Drafting | None = None,
         kv: KvSize | None = None,
+        owners: Owners | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -96,6 +100,7 @@ class Engine:
         )
         self._ids = itertools.count(secrets.randbelow(MOST_IDS) + 1)  # workers outlive engines: no id twice
         self._roster = Roster(config)
+        self._parking = Parking(owners, scheduling.recovery_timeout_s, clock)
         self._stopping = False
         self._failure: BaseException | None = None
         self._totals = Totals()
@@ -127,13 +132,15 @@ class Engine:
         sequence = self._intake.take(request, prompt, params, on_chunk, defaults, alpha, self._clock())
         with self._roster.changed:
             self._check_alive()
-            self._roster.put(sequence)
+            self._roster.put(sequence, beside=len(self._parking))
             self.sink.submitted(sequence.id)
         return sequence.id
 
     def cancel(self, request: RequestId) -> None:
         """End a request; it gets a last chunk with finish_reason "cancelled". Unknown ids are ignored."""
-        self._roster.cancel(request)
+        with self._roster.changed:
+            self._roster.cancel(request)
+            self._parking.cancel(request)
 
     def stop(self) -> None:
         """Stop the loop; requests that are not finished end with EngineStoppedError."""
@@ -149,13 +156,14 @@ class Engine:
         with self._roster.changed:
             self._scheduling = scheduling
             self._alpha = scheduling.alpha_of(None)
+            self._parking.timeout_s = scheduling.recovery_timeout_s
             self._control = AlphaControl(tpot_budget_s=budget_s, alpha_max=scheduling.alpha_max) if budget_s else None
             self.experts.reconfigure(scheduling)
 
     @property
     def is_idle(self) -> bool:
         """Whether no request runs."""
-        return not self._roster.running
+        return not self._roster.running and not len(self._parking)
 
     @property
     def failure(self) -> BaseException | None:
@@ -171,6 +179,7 @@ class Engine:
             return EngineReport(
                 running=len(running),
                 waiting=len(roster.waiting),
+                parked=len(self._parking),
                 finished=totals.finished,
                 failed=totals.failed,
                 prompt_tokens=totals.prompt,
@@ -205,9 +214,10 @@ class Engine:
         try:
             while not self._stopping:
                 if not self.step():
+                    wait_s = PARKED_WAIT_S if len(self._parking) else IDLE_WAIT_S
                     with self._roster.changed:
                         self._roster.changed.wait_for(
-                            lambda: self._stopping or len(self._roster.waiting), timeout=IDLE_WAIT_S
+                            lambda: self._stopping or len(self._roster.waiting), timeout=wait_s
                         )
         except BaseException as error:
             log.exception("the engine's loop failed")
@@ -216,7 +226,8 @@ class Engine:
 
     def step(self) -> bool:
         """One token of every request that decodes at least, and some of the prompts. Returns whether there was work."""
-        for sequence in self._roster.cancelled():
+        self._look_after_parked()
+        for sequence in (*self._roster.cancelled(), *self._parking.cancelled()):
             self._answers.finish(sequence, "cancelled", sequence.text.finish())
         for sequence in self._roster.admit(self._clock()):
             self._totals.admit(sequence)
@@ -229,6 +240,14 @@ class Engine:
         else:
             self._step_in_turns(running)
         return bool(self._roster.running or len(self._roster.waiting))
+
+    def _look_after_parked(self) -> None:
+        for sequence in self._parking.look():
+            with self._roster.changed:
+                self._parking.remove(sequence)
+                self._roster.come_back(sequence)
+        for sequence, error in self._parking.overdue():
+            self._fail(sequence, error)
 
     @property
     def _reads_pieces(self) -> bool:
@@ -289,10 +308,23 @@ class Engine:
         try:
             work()
         except Exception as error:  # one request's failure must not take the others down
-            log.exception("request %d failed", sequence.id)
-            self._fail(sequence, error)
+            self._lose(sequence, error)
             return False
         return True
+
+    def _lose(self, sequence: Sequence, error: Exception) -> None:
+        """A request cannot go on, for now or at all."""
+        if isinstance(error, ExpertLostError) and self._parking.takes(error):
+            log.warning("request %d waits: %s", sequence.id, error)
+            with self._roster.changed:
+                self._roster.leave(sequence)
+                self._parking.park(sequence, error)
+            self._let_go(sequence)
+            sequence.cached = 0
+            self._account(sequence)
+            return
+        log.error("request %d failed", sequence.id, exc_info=error)
+        self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
         self._remove(sequence)
@@ -305,7 +337,10 @@ class Engine:
         elif not sequence.answer:
             self._read_prompt(sequence)
         else:  # its cache was lost in a step that failed
-            _, sequence.state = self._runner.prefill([*sequence.prompt, *sequence.answer[:-1]])
+            tokens = [*sequence.prompt, *sequence.answer[:-1]]
+            self.experts.end(sequence.id)
+            self.experts.begin(sequence.id, tokens, sequence.sampler.recipe)
+            _, sequence.state = self._runner.prefill(tokens)
             self._decode(sequence)
 
     def _alpha_of(self, sequence: Sequence) -> float:
@@ -335,10 +370,10 @@ class Engine:
                     self._guarded(sequence, partial(self._answers.choose, sequence, read.logits_V.unsqueeze(0), []))
 
     def _lose_step(self, parts: list[Part], error: Exception) -> None:
-        log.exception("a step of %d requests failed", len(parts))
         if len(parts) == 1:
-            self._fail(parts[0].sequence, error)
+            self._lose(parts[0].sequence, error)
             return
+        log.warning("a step of %d requests failed", len(parts), exc_info=error)
         if not isinstance(error, RaymoeError):  # not a worker's or a request's fault: it would again
             self._runner.joins = self._runner.mixes = False
             log.warning("requests have steps of their own from now on")
@@ -400,13 +435,18 @@ class Engine:
 
     def _remove(self, sequence: Sequence) -> None:
         self._roster.remove(sequence)
+        self._parking.remove(sequence)
         self.sink.ended(sequence.id)
+        self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Of its cache, and of whatever follows it."""
         if self._drafting is not None:
             self._drafting.end(sequence.id)
         self.experts.end(sequence.id)
         sequence.state = None
 
     def _end_all(self, error: BaseException) -> None:
-        for sequence in (*self._roster.running, *self._roster.waiting):
+        for sequence in (*self._roster.running, *self._roster.waiting, *self._parking.sequences()):
             self._remove(sequence)
             tell(sequence, error)

@@ -27,6 +27,7 @@ from raymoe.engine.conductor import Conductor, plan_of
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.foresight import Foresight
 from raymoe.engine.substitution import Decided, mean_scores, per_row, substitute, warn_of_unknown
+from raymoe.errors import ExpertUnavailableError
 from raymoe.model.router import Router
 from raymoe.model.router_rule import RouterRule
 from raymoe.model.runner import SequenceState
@@ -74,6 +75,11 @@ class JointConductor(Conductor):
     def fleet(self) -> Fleet:
         """Whom it conducts."""
         return self._fleet
+
+    def use(self, fleet: Fleet) -> None:
+        """Conduct these workers from now on."""
+        super().use(fleet)
+        self._spare_W.clear()
 
     def is_late(self, forecast: LayerForecast) -> bool:
         """Whether its layer has come already."""
@@ -148,7 +154,7 @@ class JointConductor(Conductor):
         held_WE = self._dispatcher.holding(layer)
         for step, (experts_N, workers_N) in self._booked[layer].items():
             if step != forecast.step:
-                held_WE[workers_N, experts_N] = True
+                held_WE[workers_N, experts_N] = self._fleet.owners_LWE[layer][workers_N, experts_N]
         if top_k not in self._spare_W:
             self._spare_W[top_k] = spare_slots(self._fleet, top_k)
         held_WE[~self._spare_W[top_k]] = False
@@ -179,9 +185,16 @@ class JointScheduler(CachelessScheduler):
         alpha: threshold of the rows of the step to come: one for all, or one per sequence of the batch.
     """
 
-    def __init__(self, dispatcher: Dispatcher, foresight: Foresight, similarity: Similarity | None = None) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        foresight: Foresight,
+        similarity: Similarity | None = None,
+        *,
+        substitutes_lost: bool = False,
+    ) -> None:
         self._joint = JointConductor(dispatcher)
-        super().__init__(dispatcher, foresight, self._joint)
+        super().__init__(dispatcher, foresight, self._joint, substitutes_lost=substitutes_lost)
         self.similarity = similarity
         foresight.on_forecast = self._take_forecast
         foresight.on_anew = self._begin_anew
@@ -278,6 +291,8 @@ class JointScheduler(CachelessScheduler):
             return
         try:
             self.foresight.book.add(self._joint.conduct(forecast))
+        except ExpertUnavailableError as error:  # nobody could be told to load it
+            log.debug("a forecast for layer %d could not be planned: %s", forecast.layer, error)
         except Exception:
             log.exception("a forecast for layer %d could not be planned", forecast.layer)
 

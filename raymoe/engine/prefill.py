@@ -92,6 +92,10 @@ class PrefillPlanner:
         self._fleet = fleet
         self._counts: dict[tuple[int, ...], tuple[int, dict[str, float]]] = {}
 
+    def use(self, fleet: Fleet) -> None:
+        """Plan for these workers from now on."""
+        self._fleet = fleet
+
     def plan(self, layer: int, experts_P: np.ndarray, rows_P: np.ndarray, row_bytes: int) -> list[MiniBatch]:
         """The mini-batches of a layer, each worker's first ones first: so all of them begin early."""
         needed_N, index_P, counts_N = np.unique(experts_P, return_inverse=True, return_counts=True)

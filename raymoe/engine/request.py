@@ -109,6 +109,11 @@ class Result:
     routing: Routing
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
+    @property
+    def degraded(self) -> bool:
+        """Whether an expert that nobody could be asked for was replaced by another."""
+        return self.routing.degraded > 0
+
 
 def collect(chunks: list[Chunk]) -> Result:
     """Join the chunks of one finished answer."""

@@ -8,7 +8,7 @@ T tokens, K experts per token, E experts, H hidden.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from predictor.forecast import Forecast
 from predictor.resident import ResidentOutput
 from raymoe.config import SchedulingConfig
 from raymoe.engine.dispatch import Dispatcher, nothing
+from raymoe.engine.lost import LostExperts
 from raymoe.engine.substitution import Decide, Decided, mean_scores, per_row, substitute, warn_of_unknown
 from raymoe.model.router import Router
 from raymoe.model.runner import SequenceState
@@ -84,6 +85,7 @@ class ExpertScheduler:
         self._top_k = 0
         self._scores_TE: np.ndarray | None = None
         self._weights_TK = torch.empty(0)
+        self._lost = LostExperts(dispatcher, substitutes=scheduling.on_lost_expert == "substitute")
         self.reconfigure(scheduling)
 
     def reconfigure(self, scheduling: SchedulingConfig) -> None:
@@ -93,7 +95,7 @@ class ExpertScheduler:
 
     def attach(self, routers: Sequence[Router], forecasts: dict[str, Forecast]) -> None:
         """Take scores from these routers (one per MoE layer), and forecasts by kind from there."""
-        self._routers = routers
+        self._routers = self._lost.routers = routers
         self._forecasts = forecasts
         if self._wants_scores:
             warn_of_unknown([router.rule for router in routers])
@@ -104,8 +106,9 @@ class ExpertScheduler:
         self, layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The router's choice, with experts replaced where that saves a load and alpha allows it."""
-        experts_TK, self._weights_TK = self._route(layer, experts_TK, weights_TK)
-        return experts_TK, self._weights_TK
+        experts_TK, weights_TK = self._lost.route(layer, *self._route(layer, experts_TK, weights_TK))
+        self._weights_TK = weights_TK
+        return experts_TK, weights_TK
 
     def _route(
         self, layer: int, experts_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -255,11 +258,22 @@ class ExpertScheduler:
     def end(self, sequence: int) -> None:
         """A sequence is finished."""
 
+    def look(self) -> None:
+        """Between steps: take in news of workers."""
+        self.dispatcher.look()
+
+    def serves(self, experts: Collection[tuple[int, int]]) -> bool:
+        """Whether requests that need these (layer, expert) can go on."""
+        return self._lost.serves(experts)
+
     def take_cost(self) -> Routing:
         """What steps cost since the last take; also passes residency changes on."""
         decided, self._decided = self._decided, Decided()
         return self.dispatcher.take_cost() + Routing(
-            decisions=decided.decisions, substituted=decided.substituted, replaced_mass=decided.replaced_mass
+            decisions=decided.decisions,
+            substituted=decided.substituted,
+            replaced_mass=decided.replaced_mass,
+            degraded=self._lost.take(),
         )
 
     def take_costs(self, rows: int) -> list[Routing]:

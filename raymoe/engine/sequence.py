@@ -27,6 +27,7 @@ class Sequence:
         begun_s: when it was admitted.
         state: in the model; None before any of the prompt was read, and when the request has ended.
         cached: tokens of the prompt that were copied from another request's cache.
+        lost_s: when it first lacked an expert since its last token; None where it does not.
         inexact: the largest alpha by which an expert was substituted in what its cache holds; 0 where none was.
     """
 
@@ -48,6 +49,7 @@ class Sequence:
     state: SequenceState | None = None
     routing: Routing = field(default_factory=Routing)
     cancelled: bool = False
+    lost_s: float | None = None
 
     @property
     def unread(self) -> int:
@@ -74,6 +76,10 @@ class EngineReport:
         admitted, queue_s: requests that were let in so far, and how long they had waited, all together.
         batch_rows, batch_tokens: that the last steps read on average, requests and their tokens.
         steps: passes of the model in decode, each of which makes one token, or several where drafts hold.
+        parked: requests that wait for experts which nobody can be asked for; ``waiting`` does not count them.
+        rerouted: calls that were handed out again, since a worker was silent or could not do them.
+        late_answers: that were dropped, since another owner had answered, or the request had ended.
+        suspects: remote workers that are silent now.
         drafts: whether a shadow's guesses are read along: "on", or "off" and why.
     """
 
@@ -98,3 +104,7 @@ class EngineReport:
     queue_s: float = 0.0
     batch_rows: float = 0.0
     batch_tokens: float = 0.0
+    parked: int = 0
+    rerouted: int = 0
+    late_answers: int = 0
+    suspects: tuple[str, ...] = ()

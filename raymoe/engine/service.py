@@ -6,7 +6,7 @@ Runs without Ray. The launcher uses it inside the caller's process, the Serve de
 import json
 import logging
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig, SchedulingConfig
 from raymoe.engine.cacheless import CachelessScheduler
 from raymoe.engine.conductor import Conductor
-from raymoe.engine.dispatch import Dispatcher
+from raymoe.engine.dispatch import Dispatcher, nothing
 from raymoe.engine.drafting import Drafting
 from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
 from raymoe.engine.foresight import Foresight, ShadowLink
@@ -55,7 +55,9 @@ from raymoe.model.sites import MoeSite, attach_sites
 from raymoe.model.trials import why_no_trials
 from raymoe.model.trunk import build_trunk, tokenizer_path
 from raymoe.observe.trace import MAIN, Recording, Tracer
-from raymoe.types import DeviceName
+from raymoe.placement.ownership import Ownership
+from raymoe.transport.sockets import Endpoint
+from raymoe.types import DeviceName, ExpertKey
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +153,7 @@ class ModelService:
             max_output_tokens=config.serving.max_output_tokens,
             drafting=drafting,
             kv=kv,
+            owners=experts,
         )
         self.live = LiveTrace(self._engine, experts, [module for _, module in experts_modules(model)])
         self.meter = LiveMeter(self.live)
@@ -162,13 +165,16 @@ class ModelService:
     ) -> ExpertScheduler | CachelessScheduler:
         """Whoever has the say on routing and loads, by policy."""
         config = self.config
+        substitutes = config.scheduling.on_lost_expert == "substitute"
         if config.scheduling.policy == "on_demand_shadow":
             assert dispatcher.fleet is not None, "this policy hands out experts over a fleet"
             conductor = Conductor(dispatcher.fleet, dispatcher.devices, dispatcher.order)
-            return CachelessScheduler(dispatcher, Foresight(config.predictor, link), conductor)
+            foresight = Foresight(config.predictor, link)
+            return CachelessScheduler(dispatcher, foresight, conductor, substitutes_lost=substitutes)
         similarity = load_similarity(config.scheduling, self.checkpoint)
         if config.scheduling.policy == "joint":
-            return JointScheduler(dispatcher, Foresight(config.predictor, link), similarity)
+            foresight = Foresight(config.predictor, link)
+            return JointScheduler(dispatcher, foresight, similarity, substitutes_lost=substitutes)
         return ExpertScheduler(dispatcher, config.scheduling, similarity=similarity, on_forecast=on_forecast)
 
     def _drafting(self, dispatcher: Dispatcher, vocabulary: int) -> tuple[Drafting | None, str]:
@@ -200,7 +206,8 @@ class ModelService:
         """Give the scheduler the forecasts that this process makes, if it has a use for them. Returns their sites."""
         config, experts = self.config, self.experts
         kind = config.predictor_kind
-        if not config.scheduling.substitutes and kind in (None, "shadow"):
+        replaces = config.scheduling.substitutes or config.scheduling.on_lost_expert == "substitute"
+        if not replaces and kind in (None, "shadow"):
             return None
         sites = attach_sites(model)
         routers = [site.router for site in sites]
@@ -291,7 +298,14 @@ class ModelService:
 
     def report(self) -> EngineReport:
         """Counts and totals of the engine."""
-        return replace(self._engine.report(), drafts=self._drafts)
+        dispatcher = self.experts.dispatcher
+        return replace(
+            self._engine.report(),
+            drafts=self._drafts,
+            rerouted=dispatcher.rerouted,
+            late_answers=dispatcher.late_answers,
+            suspects=dispatcher.suspects,
+        )
 
     @property
     def lead_s(self) -> float | None:
@@ -354,6 +368,30 @@ class ModelService:
         self.config = config
         self._scheduling = scheduling
         self._engine.reconfigure(scheduling)
+
+    def adopt(
+        self,
+        ownership: Ownership,
+        primary: Mapping[ExpertKey, DeviceName],
+        endpoints: Mapping[DeviceName, Endpoint],
+    ) -> None:
+        """Who owns what now, whom to ask first, and where workers listen: the engine goes by it from its next step
+        on, or as soon as it waits for an answer. From any thread."""
+        self.experts.dispatcher.adopt(ownership, primary, endpoints)
+
+    @property
+    def suspects(self) -> tuple[DeviceName, ...]:
+        """Remote workers that are silent."""
+        return self.experts.dispatcher.suspects
+
+    @property
+    def on_suspect(self) -> Callable[[], None] | None:
+        """Called, on the engine's thread, when a worker falls silent."""
+        return self.experts.dispatcher.on_suspect
+
+    @on_suspect.setter
+    def on_suspect(self, action: Callable[[], None] | None) -> None:
+        self.experts.dispatcher.on_suspect = action or nothing
 
     def close(self) -> None:
         """Stop the engine; requests that are not finished end with EngineStoppedError."""

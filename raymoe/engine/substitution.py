@@ -6,12 +6,15 @@ T tokens, K experts per token, E experts.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
+from raymoe.model.router import Router
 from raymoe.model.router_rule import RouterRule
-from raymoe.placement.routing import Routed, route
+from raymoe.placement.routing import Routed, route, without
 from raymoe.placement.similarity import Similarity
 
 log = logging.getLogger(__name__)
@@ -114,6 +117,24 @@ def substitute(
         replaced_mass_T=routed.replaced_mass_T,
         replaced=chosen_TK[routed.replaced_TK],
     )
+
+
+def do_without(
+    router: Router, lost_E: np.ndarray, experts_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> Substituted | None:
+    """Replace experts that nobody can be asked for. None where no rule says with what weights."""
+    rule = router.rule
+    if rule is None:
+        return None
+    chosen_TK = experts_TK.cpu().numpy()
+    scores_TE = router.scores_or_weights(chosen_TK, weights_TK)
+    decide = partial(_without, lost_E)
+    return substitute(rule, 0, experts_TK, weights_TK, scores_TE, ~lost_E, 0.0, decide=decide)
+
+
+def _without(lost_E: np.ndarray, scores_TE: np.ndarray, chosen_TK: np.ndarray, *_: Any, **more: Any) -> Routed:
+    """``without`` in the place of ``route``."""
+    return without(lost_E, scores_TE, chosen_TK, more["permitted_TE"])
 
 
 def warn_of_unknown(rules: Sequence[RouterRule | None]) -> None:

@@ -75,6 +75,7 @@ class HostArena:
         self._room = torch.empty(0, dtype=torch.uint8)
         self._pinned: list[torch.Tensor] = []
         self._refused = False
+        self._free: dict[int, list[torch.Tensor]] = {}  # by bytes, places of experts that were given up
         self.nbytes = 0
         self.pinned_bytes = 0
 
@@ -98,6 +99,11 @@ class HostArena:
             expert[name].copy_(tensor)
         return expert
 
+    def take_back(self, expert: PackedExpert) -> None:
+        """The place of an expert that nobody reads any more goes to the next one of its size."""
+        place = expert.flat.view(torch.uint8)
+        self._free.setdefault(place.numel(), []).append(place)
+
     def close(self) -> None:
         """Unpin everything. The experts stay readable."""
         for piece in self._pinned:
@@ -106,6 +112,8 @@ class HostArena:
         self.pinned_bytes = 0
 
     def _take(self, nbytes: int, still_to_come: int) -> torch.Tensor:
+        if free := self._free.get(nbytes):
+            return free.pop()
         padded = -(-nbytes // PLACE_BYTES) * PLACE_BYTES
         if self._room.numel() < padded:
             most = max(1, self._piece_bytes // padded)

@@ -20,7 +20,7 @@ from raymoe.experts.loader import LOAD_TIMEOUT_S, ON_DEMAND, Loader, Ticket
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.observe.trace import Span, Tracer
 from raymoe.placement.keeping import Keeper
-from raymoe.types import StepId
+from raymoe.types import ExpertKey, StepId
 
 SLOT_WAIT_S = 1e-4  # while every slot is taken by loads in flight that nobody waits for
 
@@ -141,6 +141,25 @@ class Bay(ABC):
     def load(self, identifier: int) -> None:
         """Load an expert now, outside of any call, and wait for it."""
 
+    def drop(self, identifier: int) -> bool:
+        """Let go of an expert that leaves the shard, in its slot and in host memory. Outside of any call.
+
+        False, and nothing is changed, while it is on its way into a slot.
+        """
+        with self._lock:
+            self._settle()
+            if identifier in self._tickets:
+                return False
+            self._drop_orders(identifier)
+            slot = self.residency.find(identifier)
+            if slot is not None:
+                self._note_evicted(identifier)
+                self.residency.abandon(slot)
+            self._failed.pop(identifier, None)
+            layer, expert = layer_and_expert(identifier)
+            self._store.drop([ExpertKey(layer=int(layer), expert=int(expert))])
+            return True
+
     @abstractmethod
     def replace_keeper(self, keeper: Keeper) -> None:
         """Judge what slots keep by other values from now on; nothing where they keep nothing."""
@@ -188,6 +207,10 @@ class Bay(ABC):
             return sorted(self.residency.slot_of)
 
     # --- the caller holds the lock ----------------------------------------------------------------------
+
+    @abstractmethod
+    def _drop_orders(self, identifier: int) -> None:
+        """Forget orders for an expert that leaves the shard."""
 
     def _count(self, pairs: int, hits: int) -> None:
         self.counters.hits += hits

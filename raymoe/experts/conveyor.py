@@ -166,6 +166,9 @@ class Conveyor(Bay):
 
     # --- the caller holds the lock ----------------------------------------------------------------------
 
+    def _drop_orders(self, identifier: int) -> None:
+        self._timetable.cancel(identifier)
+
     def _go_on(self, step: Step) -> None:
         self._advance()
 

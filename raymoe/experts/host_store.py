@@ -7,6 +7,7 @@ import torch
 from raymoe.checkpoint.checkpoint import ExpertTensors
 from raymoe.experts.arena import HostArena
 from raymoe.experts.call import expert_id
+from raymoe.experts.packing import PackedExpert
 from raymoe.types import ExpertKey
 
 ReadExpert = Callable[[ExpertKey], ExpertTensors]
@@ -39,11 +40,13 @@ class HostStore:
                 progress(len(self.experts))
 
     def drop(self, keys: Iterable[ExpertKey]) -> None:
-        """Forget experts."""
+        """Forget experts. Nobody may read them any more; an arena keeps their place for others of their size."""
         for key in keys:
             tensors = self.experts.pop(expert_id(key.layer, key.expert), None)
             if tensors is not None:
                 self.nbytes -= size_of(tensors)
+                if self.arena is not None and isinstance(tensors, PackedExpert):
+                    self.arena.take_back(tensors)
 
 
 def size_of(tensors: dict[str, torch.Tensor]) -> int:

@@ -20,6 +20,11 @@ class Orders:
         """The layer has come, its orders are late: forget them. Returns how many there were."""
         return len(self.by_layer.pop(layer, ()))
 
+    def cancel(self, identifier: int) -> None:
+        """Forget the order for one expert, if there is any."""
+        for layer in [layer for layer, orders in self.by_layer.items() if identifier in orders]:
+            self.place(layer, {i: worth for i, worth in self.by_layer[layer].items() if i != identifier})
+
     def take(self) -> tuple[int, float] | None:
         """The order that is worth most, or None. Ties go to the lower id. Removes it."""
         best = None

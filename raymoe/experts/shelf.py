@@ -211,6 +211,9 @@ class Shelf(Bay):
 
     # --- the caller holds the lock ----------------------------------------------------------------------
 
+    def _drop_orders(self, identifier: int) -> None:
+        self._orders.cancel(identifier)
+
     def _split(
         self, layer: int, slots_P: np.ndarray, absent: np.ndarray, scores_E: np.ndarray | None, host_may: bool
     ) -> Step:

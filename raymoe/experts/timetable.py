@@ -206,6 +206,11 @@ class Timetable:
         for booking in list(self._holding.get(identifier, ())):
             self._end(self._courses[booking.sequence], [booking])
 
+    def cancel(self, identifier: int) -> None:
+        """The expert can't be had any more: all its bookings are void, those that wait too."""
+        for course in self._courses.values():
+            self._end(course, [booking for booking in course.bookings if booking.identifier == identifier])
+
     # --- inside -----------------------------------------------------------------------------------------
 
     def _book(self, course: Course, identifier: int, order: LoadOrder, place: Place) -> None:

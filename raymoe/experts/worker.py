@@ -5,6 +5,7 @@ come from other threads.
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -107,6 +108,9 @@ class ExpertWorker:
         self._tables = [WeightTable(layer.num_experts) for layer in layers]
         self._owns_all = False
         self._owned = [np.zeros(layer.num_experts, dtype=bool) for layer in layers]
+        self._shard_lock = threading.Lock()  # so that no expert leaves while a call that needs it begins
+        self._in_hand = False  # whether a call has begun and not ended
+        self._leaving: set[ExpertKey] = set()  # given up, but still in memory
         self._bays: list[Bay] = []
         self._bay_of_layer: list[int] = []
         self._direct = Counters()
@@ -133,12 +137,57 @@ class ExpertWorker:
         keys = list(keys)
         if self.has_slots and not self._bays and keys:
             self._make_slots(keys)
+        self._check_slots(keys)
+        with self._shard_lock:
+            self._leaving.difference_update(keys)
         self.store.load(keys, progress)
         for key in keys:
             self._owned[key.layer][key.expert] = True
             self._tables[key.layer].put(key.expert, self.store.experts[expert_id(key.layer, key.expert)])
         self._owns_all = all(owned.all() for owned in self._owned)
         self._assist()
+
+    @property
+    def owned(self) -> tuple[ExpertKey, ...]:
+        """The shard, in order."""
+        return tuple(
+            ExpertKey(layer=layer, expert=expert)
+            for layer, owned_E in enumerate(self._owned)
+            for expert in np.flatnonzero(owned_E).tolist()
+        )
+
+    def disown(self, keys: Iterable[ExpertKey]) -> None:
+        """Give experts up. Calls for them fail from now on; their memory is free when no call is in hand.
+
+        From any thread. An expert on its way into a slot is let go with the next call, or the next of these.
+        """
+        with self._shard_lock:
+            for key in keys:
+                if self._owned[key.layer][key.expert]:
+                    self._owned[key.layer][key.expert] = False
+                    self._leaving.add(key)
+                    self._owns_all = False
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Free what was given up, as far as nobody uses it. The caller holds the lock."""
+        if self._in_hand:
+            return
+        for key in list(self._leaving):
+            if self._bays and not self._bay(key.layer).drop(expert_id(key.layer, key.expert)):
+                continue
+            self.store.drop([key])
+            self._tables[key.layer].put(key.expert, None)
+            self._leaving.discard(key)
+
+    def _check_slots(self, keys: list[ExpertKey]) -> None:
+        """Slots are cut for the shapes of the first shard: an expert of another has none."""
+        for key in keys:
+            if self._bays and not self._bay(key.layer).pool.count:
+                raise CapacityError(
+                    f'device "{self.name}" has no slots for experts of the shape that layer {key.layer} has: its first '
+                    "shard had none; start it again to cut its slots anew"
+                )
 
     def load_all(self) -> None:
         """Bring every owned expert into a slot. Raises CapacityError where the budget is too small."""
@@ -238,10 +287,12 @@ class ExpertWorker:
         Raises ExpertUnavailableError where an expert is not in this worker's shard.
         """
         owned = self._owned[call.layer]
-        if call.experts_P.max() >= len(owned) or not owned[call.experts_P].all():
-            raise ExpertUnavailableError(
-                f'device "{self.name}" does not own all experts asked for in layer {call.layer}'
-            )
+        with self._shard_lock:
+            if call.experts_P.max() >= len(owned) or not owned[call.experts_P].all():
+                raise ExpertUnavailableError(
+                    f'device "{self.name}" does not own all experts asked for in layer {call.layer}'
+                )
+            self._in_hand = True
         self._calls += 1
         self._usage.note(call.layer, call.experts_P)
         start_s = time.perf_counter()
@@ -259,11 +310,17 @@ class ExpertWorker:
     def finish(self, begun: Begun) -> ExpertAnswer:
         """The answer to a call that has begun."""
         call = begun.call
-        if begun.step is None:
-            self._direct.hits += len(call.experts_P)
-            output_PH = self._ready_output(begun)
-            return ExpertAnswer(output_PH=output_PH, hits=len(call.experts_P), compute_s=begun.compute_s)
-        return self._finish_in_slots(begun, begun.step)
+        try:
+            if begun.step is None:
+                self._direct.hits += len(call.experts_P)
+                output_PH = self._ready_output(begun)
+                return ExpertAnswer(output_PH=output_PH, hits=len(call.experts_P), compute_s=begun.compute_s)
+            return self._finish_in_slots(begun, begun.step)
+        finally:
+            self._in_hand = False
+            if self._leaving:
+                with self._shard_lock:
+                    self._let_go()
 
     @torch.inference_mode()
     def preview(self, begun: Begun) -> tuple[np.ndarray, torch.Tensor]:
@@ -469,7 +526,9 @@ class ExpertWorker:
         """
         identifiers: Iterable[int] = ()
         if names:
-            identifiers = [i for bay in self._bays for i in bay.resident()] if self.has_slots else self.store.experts
+            identifiers = (
+                [i for bay in self._bays for i in bay.resident()] if self.has_slots else list(self.store.experts)
+            )
         here = sum(len(bay.residency.slot_of) for bay in self._bays) if self.has_slots else len(self.store.experts)
         parts = [asdict(bay.counters) for bay in self._bays] or [asdict(self._direct)]
         return WorkerReport(

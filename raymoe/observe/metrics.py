@@ -11,7 +11,8 @@ from raymoe.observe.sink import Observations
 from raymoe.observe.stats import DeviceStats, EngineStats, PredictorStats
 
 Kind = Literal["counter", "gauge", "histogram"]
-APP, DEVICE = "app", "device"
+APP, DEVICE, STATE = "app", "device", "state"
+STATES = ("healthy", "suspect", "down", "rejoining")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -77,10 +78,14 @@ ENGINE: tuple[Metric, ...] = (
     ),
     _engine("counter", "expert_loads", "loads", "Experts that crossed a link for requests."),
     _engine("counter", "loaded_bytes", "bytes_loaded", "Bytes that crossed links for requests."),
+    _engine("counter", "expert_degraded", "degraded", "(token, expert) pairs whose lost expert another stood in for."),
+    _engine("counter", "calls_rerouted", "rerouted", "Expert calls that were handed out again to other owners."),
+    _engine("counter", "late_answers", "late_answers", "Answers of workers that nobody waited for any more."),
     _engine("counter", "drafts", "drafted", "A shadow's tokens that were read along."),
     _engine("counter", "drafts_accepted", "accepted", "Those of them that the model chose too."),
     _engine("gauge", "requests_running", "running", "Requests in the batch now."),
     _engine("gauge", "requests_waiting", "waiting", "Requests in the queue now."),
+    _engine("gauge", "requests_parked", "parked", "Requests that wait for experts nobody can be asked for now."),
     _engine("gauge", "kv_bytes", "kv_bytes", "Bytes of keys and values now."),
     _engine("gauge", "kv_budget_bytes", "kv_budget_bytes", "Most bytes of keys and values; absent where unlimited."),
     _engine("gauge", "alpha", "alpha", "Width of the substitution window for requests without a quality of their own."),
@@ -116,9 +121,23 @@ DEVICES: tuple[Metric, ...] = (
 SEEN_DEVICES: tuple[Metric, ...] = (
     _device("counter", "substitutions", "substituted", "Pairs that were the device's and gave way to other experts."),
     _device("gauge", "up", "up", "1 where the device answers, else 0."),
+    Metric(
+        name="raymoe_device_state",
+        kind="gauge",
+        field="state",
+        labels=(APP, DEVICE, STATE),
+        help="1 for the state that the device is in, 0 for the others: healthy, suspect, down, rejoining.",
+    ),
+    _device("counter", "restarts", "restarts", "New processes of the device that have followed earlier ones."),
     _device("gauge", "heartbeat_age_seconds", "heartbeat_age_s", "Since the device was last heard of."),
 )
 """From ``DeviceStats``, told by those who see the device from outside."""
+
+CLUSTER: tuple[Metric, ...] = (
+    _engine("counter", "repairs", "repairs", "Times that experts were read again or shared anew for other devices."),
+    _engine("gauge", "lost_experts", "lost_experts", "Experts for which the devices that are there have no room."),
+)
+"""From ``ClusterStats``."""
 
 PREDICTOR: tuple[Metric, ...] = (
     _engine("gauge", "predictor_up", "up", "1 where what foretells routing is well, else 0."),
@@ -130,7 +149,7 @@ PREDICTOR: tuple[Metric, ...] = (
 )
 """From ``PredictorStats``."""
 
-ALL: tuple[Metric, ...] = (*REQUESTS, *ENGINE, *DEVICES, *SEEN_DEVICES, *PREDICTOR)
+ALL: tuple[Metric, ...] = (*REQUESTS, *ENGINE, *DEVICES, *SEEN_DEVICES, *CLUSTER, *PREDICTOR)
 
 Values = list[tuple[Metric, dict[str, str], float]]
 """Totals of counters and states of gauges, with their labels."""
@@ -156,11 +175,19 @@ def of_device(stats: DeviceStats) -> Values:
     return of_record(stats, DEVICES, {DEVICE: stats.name})
 
 
-def of_health(device: str, *, up: bool, heartbeat_age_s: float | None) -> Values:
+def of_health(device: str, state: str, *, heartbeat_age_s: float | None, restarts: int) -> Values:
     """How a device looks from outside."""
-    by_field = {"up": float(up), "heartbeat_age_s": heartbeat_age_s}
+    by_field = {"up": float(state == "healthy"), "heartbeat_age_s": heartbeat_age_s, "restarts": float(restarts)}
     labels = {DEVICE: device}
-    return [(metric, labels, value) for metric in SEEN_DEVICES if (value := by_field.get(metric.field)) is not None]
+    values = [(metric, labels, value) for metric in SEEN_DEVICES if (value := by_field.get(metric.field)) is not None]
+    metric = next(metric for metric in SEEN_DEVICES if metric.field == "state")
+    return values + [(metric, {**labels, STATE: each}, float(each == state)) for each in STATES]
+
+
+def of_repairs(repairs: int, lost_experts: int) -> Values:
+    """How a cluster copes with devices that come and go."""
+    by_field = {"repairs": float(repairs), "lost_experts": float(lost_experts)}
+    return [(metric, {}, by_field[metric.field]) for metric in CLUSTER]
 
 
 def of_substituted(pairs: Mapping[str, int]) -> Values:

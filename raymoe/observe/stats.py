@@ -11,6 +11,10 @@ class DeviceStats:
     """One device. Sizes in bytes; ``resident`` counts experts that need no load.
 
     Attributes:
+        state: "healthy", "suspect", "down" or "rejoining", as ``placement.health`` has it.
+        reason: why it is not healthy.
+        since_s: for which it has been in this state; None for a device in the engine's own process.
+        restarts: new processes of it that have followed earlier ones.
         emulated_link: its transfers imitate a slow bus: their speeds are no hardware's.
         resident_experts: names of the resident ones as (layer, expert); empty where only their number was asked for.
         slot_count: None where experts are computed in host memory.
@@ -51,6 +55,9 @@ class DeviceStats:
     link_busy_s: float = 0.0
     substituted: int = 0
     heartbeat_age_s: float | None = None
+    reason: str | None = None
+    since_s: float | None = None
+    restarts: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -74,6 +81,10 @@ class EngineStats:
         kv_bytes, kv_set_aside_bytes: that the caches of running requests take, and may come to take.
         prefix_bytes, prefixes, cached_tokens: of caches kept for prompts that begin alike, how many these are, and how
             many tokens of prompts were copied from such.
+        parked: requests that wait for experts which nobody can be asked for; ``waiting`` does not count them.
+        rerouted, late_answers: calls that were handed out again, and answers that nobody waited for any more.
+        suspects: remote workers that the engine finds silent now.
+        degraded: (token, expert) pairs whose expert nobody could be asked for, and another computed instead.
         admitted, queue_s: requests that were let in, and how long they had waited, all together.
         batch_rows, batch_tokens: requests and tokens of one of the last steps, on average.
     """
@@ -113,6 +124,11 @@ class EngineStats:
     batch_rows: float = 0.0
     batch_tokens: float = 0.0
     lead_s: float | None = None
+    parked: int = 0
+    rerouted: int = 0
+    late_answers: int = 0
+    suspects: tuple[str, ...] = ()
+    degraded: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -173,7 +189,14 @@ class SettingsStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStats:
-    """Everything: devices by name, the engine (None where none has told its counts yet), policy, and predictor."""
+    """Everything: devices by name, the engine (None where none has told its counts yet), policy, and predictor.
+
+    Attributes:
+        replication: owners that every expert has; 0 where some have none.
+        repairs: how many times experts were read again, or shared anew, because devices had gone or come.
+        lost_experts: (layer, expert) of those for which the devices that are there have no room.
+        warnings: what is worse than it was meant to be, in words.
+    """
 
     app: str
     devices: dict[str, DeviceStats]
@@ -182,6 +205,9 @@ class ClusterStats:
     policy: str = "on_demand"
     predictor: PredictorStats | None = None
     settings: SettingsStats | None = None
+    repairs: int = 0
+    lost_experts: tuple[tuple[int, int], ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the rates."""

@@ -9,8 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from raymoe.observe.stats import ClusterStats, PredictorStats
+
+STATE_STYLES = {"healthy": "green", "suspect": "yellow", "rejoining": "cyan", "down": "red"}
 
 if TYPE_CHECKING:
     from raymoe.engine.profile import Profile
@@ -187,7 +190,7 @@ def show_status(stats: ClusterStats) -> None:
         table.add_row(
             device.name,
             f"{device.kind} emulated" if device.emulated_link else device.kind,
-            device.state,
+            Text(device.state, style=STATE_STYLES[device.state]),
             f"{device.resident:,}/{device.owned:,}",
             format_bytes(device.slot_budget_bytes) if device.slot_budget_bytes is not None else "none",
             f"{device.hit_rate:.1%}",
@@ -196,6 +199,12 @@ def show_status(stats: ClusterStats) -> None:
         )
     console = Console()
     console.print(table)
+    for device in stats.devices.values():
+        if device.reason is not None:
+            text = f"{device.name}: {device.state} for {device.since_s or 0.0:.1f} s, {device.reason}"
+            console.print(text, style=STATE_STYLES[device.state], markup=False, soft_wrap=True)
+    for warning in stats.warnings:
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)
     engine = stats.engine
     if stats.predictor is not None:
         recall = engine.recall if engine is not None else None

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from raymoe.observe.terminal import format_bytes
+from raymoe.observe.terminal import STATE_STYLES, format_bytes
 
 Stats = dict[str, Any]
 COLUMNS = ("Hits", "Slots", "Link busy", "Link", "Loads", "Used", "Late", "Wasted", "Subst.", "Heard")
@@ -41,7 +41,6 @@ def table_of(now: Look, before: Look | None = None) -> Group:
 
 
 def _device_row(name: str, now: Stats, before: Stats | None, passed_s: float) -> list[Text | str]:
-    is_down = now["state"] != "healthy"
     kind = f"{now['kind']} emulated" if now["emulated_link"] else now["kind"]
     busy = rate(now, before, "link_busy_s", passed_s)
     flow = rate(now, before, "bytes_loaded", passed_s)
@@ -50,7 +49,7 @@ def _device_row(name: str, now: Stats, before: Stats | None, passed_s: float) ->
     return [
         Text(name, style="bold"),
         kind,
-        Text(now["state"], style="red" if is_down else "green"),
+        Text(now["state"], style=STATE_STYLES[now["state"]]),
         share(now, before, "hits", ("hits", "misses")),
         slots,
         "-" if busy is None else f"{min(1.0, busy):.0%}",

@@ -78,6 +78,10 @@ class Fleet:
             )
         return mask
 
+    def owned(self, layer: int, experts_N: np.ndarray) -> np.ndarray:
+        """Bool [N]: whether anybody owns each expert."""
+        return np.array([self._owner_masks[layer][expert] != 0 for expert in experts_N.tolist()], dtype=bool)
+
     def permitted(self, layer: int, experts: list[int]) -> list[int]:
         """Who may be given each expert in decode, as bits: its owners in the layer's group; if there are none, all."""
         owners_E, group = self._owner_masks[layer], self._group_masks[layer % len(self._groups)]

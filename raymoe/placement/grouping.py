@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from raymoe.placement.ownership import Capacity, Ownership, assign, check_fits
+from raymoe.placement.ownership import Capacity, Ownership, assign, check_fits, every_expert
 from raymoe.types import ExpertKey, LayerSize
 
 
@@ -92,7 +92,7 @@ class _Books:
 
     @classmethod
     def empty(cls, sizes: tuple[LayerSize, ...], capacities: list[Capacity]) -> "_Books":
-        keys = _all_keys(sizes)
+        keys = every_expert(sizes)
         limit_W = tuple(capacity.host_bytes for capacity in capacities)
         return cls(
             keys=keys,
@@ -114,13 +114,9 @@ class _Books:
         return sorted(experts, key=lambda n: (-self.bytes_N[n], self.keys[n].expert, self.keys[n].layer))
 
 
-def _all_keys(sizes: tuple[LayerSize, ...]) -> tuple[ExpertKey, ...]:
-    return tuple(ExpertKey(layer=layer, expert=e) for layer, size in enumerate(sizes) for e in range(size.experts))
-
-
 def _masks(sizes: tuple[LayerSize, ...], capacities: list[Capacity], ownership: Ownership) -> list[int]:
     """The owners of each expert among the workers that there are."""
-    place = {key: n for n, key in enumerate(_all_keys(sizes))}
+    place = {key: n for n, key in enumerate(every_expert(sizes))}
     owners_N = [0] * len(place)
     for worker, capacity in enumerate(capacities):
         for key in ownership.get(capacity.device, ()):

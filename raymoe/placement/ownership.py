@@ -76,6 +76,11 @@ def assign(
     return {device: tuple(sorted(keys)) for device, keys in ledger.held.items()}
 
 
+def every_expert(sizes: tuple[LayerSize, ...]) -> tuple[ExpertKey, ...]:
+    """All experts of a model, in order."""
+    return tuple(ExpertKey(layer=layer, expert=e) for layer, size in enumerate(sizes) for e in range(size.experts))
+
+
 def owners_of(ownership: Ownership) -> dict[ExpertKey, tuple[DeviceName, ...]]:
     """Expert -> its owners, in the order of ``ownership``."""
     owners: dict[ExpertKey, list[DeviceName]] = {}

@@ -81,6 +81,35 @@ def route(
     return _route_batch(rest_TE, scores_TE, chosen_TK, available_E, alpha_T1, critical_E, prefer)
 
 
+def without(
+    lost_E: np.ndarray, scores_TE: np.ndarray, chosen_TK: np.ndarray, permitted_TE: np.ndarray | None = None
+) -> Routed:
+    """The router's choice with each lost expert replaced by the best one that is left, whatever alpha is.
+
+    Of those that the router may choose, as long as there are any; then of all. What nothing is left for stays.
+
+    Args:
+        lost_E: bool, the experts that can't be computed.
+        scores_TE, chosen_TK, permitted_TE: as in ``route``.
+    """
+    replaced_TK = lost_E[chosen_TK]
+    if not replaced_TK.any():
+        return _unchanged(chosen_TK)
+    experts_TK = chosen_TK.copy()
+    for token in np.flatnonzero(replaced_TK.any(axis=1)).tolist():
+        left_E = ~lost_E
+        left_E[chosen_TK[token]] = False
+        permitted_E = left_E if permitted_TE is None else left_E & permitted_TE[token]
+        order_E = np.argsort(-np.fmax(scores_TE[token], -np.inf), kind="stable")
+        best = [*order_E[permitted_E[order_E]].tolist(), *order_E[(left_E & ~permitted_E)[order_E]].tolist()]
+        places = np.flatnonzero(replaced_TK[token])[: len(best)]
+        replaced_TK[token] = False
+        replaced_TK[token, places] = True
+        experts_TK[token, places] = best[: len(places)]
+    chosen_scores_TK = np.take_along_axis(scores_TE, chosen_TK.astype(np.int64), axis=1)
+    return Routed(experts_TK, replaced_TK, _replaced_mass_T(chosen_scores_TK, replaced_TK))
+
+
 def _unchanged(chosen_TK: np.ndarray) -> Routed:
     return Routed(chosen_TK, np.zeros(chosen_TK.shape, dtype=bool), np.zeros(len(chosen_TK), dtype=np.float32))
 

@@ -40,6 +40,9 @@ class RoutingAnswer(Answer):
     recall: float | None
     drafted: int
     accepted: int
+    degraded: bool = Field(
+        description="Whether an expert that could not be reached was replaced (scheduling.on_lost_expert)."
+    )
 
 
 class PromptTokensDetails(Answer):

@@ -59,4 +59,7 @@ class Tally:
 
 def routing_json(routing: Routing | None) -> dict[str, Any]:
     """The cost of finished answers' expert calls; nothing before they are finished."""
-    return {} if routing is None else {"routing": {name: getattr(routing, name) for name in ROUTING_FIELDS}}
+    if routing is None:
+        return {}
+    told = {name: getattr(routing, name) for name in ROUTING_FIELDS}
+    return {"routing": told | {"degraded": routing.degraded > 0}}

@@ -1,14 +1,16 @@
-"""The engine's side of the data plane: send a layer to several workers, gather their answers by a deadline."""
+"""The engine's side of the data plane: calls to several workers and their answers as they come, and signs of life."""
 
 import contextlib
 import itertools
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 
 import torch
 import zmq
 
-from raymoe.errors import ExpertUnavailableError
+from raymoe.errors import ExpertUnavailableError, FrameError
 from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder
 from raymoe.transport.frames import (
     Header,
@@ -23,10 +25,34 @@ from raymoe.transport.frames import (
     parse_header,
     parse_text,
 )
-from raymoe.transport.sockets import Endpoint, KeyPair, client_socket
+from raymoe.transport.sockets import Endpoint, KeyPair, client_socket, unconnected_socket
 from raymoe.types import DeviceName
 
-LISTEN_MS = 1  # how long answers are waited for at a time where something else is to be heard meanwhile
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """What came of a request: an answer, or the worker's error in words."""
+
+    request: int
+    answer: ExpertAnswer | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    """To one worker: calls, control messages, and what ZeroMQ tells of the first."""
+
+    endpoint: Endpoint
+    data: zmq.Socket
+    control: zmq.Socket
+    monitor: zmq.Socket
+
+    def close(self) -> None:
+        self.data.disable_monitor()
+        for socket in (self.monitor, self.data, self.control):
+            socket.close()
 
 
 class WorkerClient:
@@ -38,7 +64,7 @@ class WorkerClient:
 
     Attributes:
         late_answers: to requests that nobody waits for any more.
-        while_waiting: done again and again while answers are waited for; None is nothing.
+        malformed: answers that were no well-formed messages, and dropped.
     """
 
     def __init__(
@@ -50,93 +76,134 @@ class WorkerClient:
         spin_s: float = 0.0,
     ) -> None:
         self._context = zmq.Context(io_threads=1)
+        self._keys = keys
         self._limits = limits
         self._spin_s = spin_s
         self._requests = itertools.count(1)
-        self._poller = zmq.Poller()
-        self._data: dict[DeviceName, zmq.Socket] = {}
-        self._control: dict[DeviceName, zmq.Socket] = {}
+        self._answers = zmq.Poller()
+        self._signs = zmq.Poller()
+        self._connections: dict[DeviceName, _Connection] = {}
         self._name_of: dict[zmq.Socket, DeviceName] = {}
         self.late_answers = 0
-        self.while_waiting: Callable[[], None] | None = None
-        for device, endpoint in endpoints.items():
-            data = client_socket(self._context, endpoint.data, endpoint.public_key, keys, limits)
-            self._data[device] = data
-            self._name_of[data] = device
-            self._poller.register(data, zmq.POLLIN)
-            self._control[device] = client_socket(self._context, endpoint.control, endpoint.public_key, keys, limits)
+        self.malformed = 0
+        self.connect(endpoints)
+
+    def connect(self, endpoints: Mapping[DeviceName, Endpoint]) -> set[DeviceName]:
+        """Talk to these from now on, and to no others. Returns those whose connection is another one now, or gone.
+
+        What was under way on such a connection is lost.
+        """
+        moved = {name for name, known in self._connections.items() if endpoints.get(name) != known.endpoint}
+        for name in moved:
+            self._disconnect(name)
+        for name, endpoint in endpoints.items():
+            if name not in self._connections:
+                self._connect(name, endpoint)
+        return moved
+
+    def _connect(self, name: DeviceName, endpoint: Endpoint) -> None:
+        data = unconnected_socket(self._context, endpoint.public_key, self._keys, self._limits)
+        monitor = data.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        data.connect(endpoint.data)
+        control = client_socket(self._context, endpoint.control, endpoint.public_key, self._keys, self._limits)
+        self._connections[name] = _Connection(endpoint, data, control, monitor)
+        self._answers.register(data, zmq.POLLIN)
+        for socket in (control, monitor):
+            self._signs.register(socket, zmq.POLLIN)
+        self._name_of |= dict.fromkeys((data, control, monitor), name)
+
+    def _disconnect(self, name: DeviceName) -> None:
+        connection = self._connections.pop(name)
+        self._answers.unregister(connection.data)
+        for socket in (connection.control, connection.monitor):
+            self._signs.unregister(socket)
+        for socket in (connection.data, connection.control, connection.monitor):
+            del self._name_of[socket]
+        connection.close()
+
+    # --- calls --------------------------------------------------------------------------------------------
 
     def send(self, device: DeviceName, call: ExpertCall) -> int:
         """Send one call; returns its request number. Raises ExpertUnavailableError where the queue is full."""
+        connection = self._connections.get(device)
+        if connection is None:
+            raise ExpertUnavailableError(f'worker "{device}" is not connected')
         request = next(self._requests)
         try:
-            self._data[device].send_multipart(pack_call(request, call), flags=zmq.NOBLOCK, copy=True)
+            connection.data.send_multipart(pack_call(request, call), flags=zmq.NOBLOCK, copy=True)
         except zmq.Again as error:
             raise ExpertUnavailableError(
                 f'worker "{device}" takes no calls: it refuses the connection or its queue is full'
             ) from error
         return request
 
-    def gather(
-        self, requests: dict[int, DeviceName], timeout_s: float, arrived_s: dict[int, float] | None = None
-    ) -> dict[int, ExpertAnswer]:
-        """Wait for the answers to ``requests``. A late answer to an older request is dropped and counted.
+    def receive(self, wait_s: float, awaited: Container[int]) -> list[Received]:
+        """Wait for whatever comes first, at most so long.
 
-        Raises ExpertUnavailableError where a worker fails, or does not answer in time.
-
-        Args:
-            arrived_s: takes the monotonic time at which each answer came.
+        An answer to a request that is not ``awaited`` any more is dropped and counted, and so is what is malformed.
         """
-        answers: dict[int, ExpertAnswer] = {}
-        deadline = time.monotonic() + timeout_s
-        spin_until = time.monotonic() + self._spin_s if self._spin_s else 0.0
-        while len(answers) < len(requests):
-            now = time.monotonic()
-            if now > deadline:
-                late = sorted({requests[request] for request in requests if request not in answers})
-                raise ExpertUnavailableError(
-                    f"no answer from worker {', '.join(late)} within {timeout_s:g} s; is its node up and reachable?"
-                )
-            wait_ms = 0 if now < spin_until else max(1, int((deadline - now) * 1000))
-            if self.while_waiting is not None:
-                self.while_waiting()
-                wait_ms = min(wait_ms, LISTEN_MS)
-            for socket, _ in self._poller.poll(wait_ms):
-                request = self._receive(socket, requests, answers)
-                if arrived_s is not None and request is not None:
-                    arrived_s[request] = time.monotonic()
-        return answers
+        spin_until = time.monotonic() + min(wait_s, self._spin_s) if self._spin_s else 0.0
+        ready = self._answers.poll(0) if self._spin_s else []
+        while not ready and self._spin_s and time.monotonic() < spin_until:
+            ready = self._answers.poll(0)
+        if not ready:
+            ready = self._answers.poll(max(1, int(wait_s * 1000)))
+        received = (self._receive(socket, awaited) for socket, _ in ready)
+        return [each for each in received if each is not None]
 
-    def _receive(
-        self, socket: zmq.Socket, requests: dict[int, DeviceName], answers: dict[int, ExpertAnswer]
-    ) -> int | None:
+    def _receive(self, socket: zmq.Socket, awaited: Container[int]) -> Received | None:
         frames = [frame.buffer for frame in socket.recv_multipart(copy=False)]
-        header = parse_header(frames[0], self._limits)
-        if header.request not in requests or header.request in answers:
-            self.late_answers += 1
+        try:
+            header = parse_header(frames[0], self._limits)
+            if header.request not in awaited:
+                self.late_answers += 1
+                return None
+            if header.kind is Kind.ERROR:
+                return Received(request=header.request, error=parse_text(header, frames[1:], self._limits))
+            return Received(request=header.request, answer=parse_answer(header, frames[1:], self._limits))
+        except FrameError as error:
+            self.malformed += 1
+            log.warning('worker "%s": dropped a malformed answer: %s', self._name_of[socket], error)
             return None
-        if header.kind is Kind.ERROR:
-            raise ExpertUnavailableError(
-                f'worker "{self._name_of[socket]}": {parse_text(header, frames[1:], self._limits)}'
-            )
-        answers[header.request] = parse_answer(header, frames[1:], self._limits)
-        return header.request
+
+    # --- signs of life --------------------------------------------------------------------------------------
+
+    def probe(self, device: DeviceName) -> None:
+        """Ask whether a worker lives; ``signs`` tells of its answer. Never waits."""
+        self._tell(device, [Header(kind=Kind.PING, dtype=torch.float32, request=next(self._requests)).pack()])
+
+    def signs(self) -> tuple[set[DeviceName], set[DeviceName]]:
+        """Who has answered pings, and whose connection has closed, since the last time; never waits."""
+        answered: set[DeviceName] = set()
+        closed: set[DeviceName] = set()
+        while ready := self._signs.poll(0):
+            for socket, _ in ready:
+                name = self._name_of[socket]
+                frames = socket.recv_multipart()
+                if socket is self._connections[name].monitor:
+                    closed.add(name)
+                elif self._is_pong(name, frames):
+                    answered.add(name)
+        return answered, closed
+
+    def _is_pong(self, name: DeviceName, frames: list[bytes]) -> bool:
+        try:
+            return parse_header(frames[0], self._limits).kind is Kind.PONG
+        except FrameError as error:
+            self.malformed += 1
+            log.warning('worker "%s": dropped a malformed answer: %s', name, error)
+            return False
 
     def ping(self, device: DeviceName, timeout_s: float) -> float | None:
-        """Round trip of a heartbeat in seconds, or None without an answer in time."""
-        socket = self._control[device]
-        request = next(self._requests)
-        start = time.monotonic()
-        try:
-            socket.send(Header(kind=Kind.PING, dtype=torch.float32, request=request).pack(), flags=zmq.NOBLOCK)
-        except zmq.Again:  # not connected, or a queue full of unanswered ones
-            return None
-        while (left := start + timeout_s - time.monotonic()) > 0:
-            if not socket.poll(int(left * 1000) + 1):
-                continue
-            if parse_header(socket.recv_multipart()[0], self._limits).request == request:
-                return time.monotonic() - start
+        """Round trip of a ping in seconds, or None without an answer in time."""
+        start_s = time.monotonic()
+        self.probe(device)
+        while (left_s := start_s + timeout_s - time.monotonic()) > 0:
+            if self._signs.poll(int(left_s * 1000) + 1) and device in self.signs()[0]:
+                return time.monotonic() - start_s
         return None
+
+    # --- orders ---------------------------------------------------------------------------------------------
 
     def prefetch(self, device: DeviceName, identifiers: list[int], scores: list[float]) -> None:
         """Order loads ahead of need. Fire and forget: the worker may refuse, and a full queue drops the order."""
@@ -151,11 +218,12 @@ class WorkerClient:
         self._tell(device, pack_forget(sequence))
 
     def _tell(self, device: DeviceName, message: Message) -> None:
-        with contextlib.suppress(zmq.Again):  # its queue is full
-            self._control[device].send_multipart(message, flags=zmq.NOBLOCK)
+        connection = self._connections.get(device)
+        if connection is not None:
+            with contextlib.suppress(zmq.Again):  # its queue is full
+                connection.control.send_multipart(message, flags=zmq.NOBLOCK)
 
     def close(self) -> None:
         """Close all connections; what is in flight is dropped."""
-        for socket in (*self._data.values(), *self._control.values()):
-            socket.close()
+        self.connect({})
         self._context.term()

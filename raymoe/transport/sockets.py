@@ -73,12 +73,18 @@ def server_socket(context: zmq.Context, address: str, keys: KeyPair, limits: Lim
 
 def client_socket(context: zmq.Context, endpoint: str, server_key: bytes, keys: KeyPair, limits: Limits) -> zmq.Socket:
     """A DEALER connected to ``endpoint``."""
+    socket = unconnected_socket(context, server_key, keys, limits)
+    socket.connect(endpoint)
+    return socket
+
+
+def unconnected_socket(context: zmq.Context, server_key: bytes, keys: KeyPair, limits: Limits) -> zmq.Socket:
+    """A DEALER for a server with this key, to be watched before it connects."""
     socket = context.socket(zmq.DEALER)
     _bound(socket, limits)
     socket.curve_serverkey = server_key
     socket.curve_publickey = keys.public
     socket.curve_secretkey = keys.secret
-    socket.connect(endpoint)
     return socket
 
 

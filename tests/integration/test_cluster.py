@@ -16,12 +16,14 @@ from ray.cluster_utils import Cluster
 from transformers import AutoModelForCausalLM
 
 import raymoe
+from raymoe.actors.crew import Crew
 from raymoe.actors.names import NAMESPACE, placement_name, worker_name
 from raymoe.actors.session import cluster_status
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig
 from raymoe.errors import CapacityError, CheckpointError, StartError
 from raymoe.observe.stats import DeviceStats
 from raymoe.serve.app import build_application
+from raymoe.transport.frames import Limits
 from tests.toy_models import reference_tokens
 from tests.waiting import WAIT_S, until
 
@@ -169,11 +171,8 @@ def test_a_bad_checkpoint_fails_before_any_actor_starts(cluster: Cluster, tmp_pa
 
 
 def test_a_label_that_no_node_has_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raymoe.actors.placement import PlacementShell
-
-    shell = PlacementShell.__new__(PlacementShell)
-    shell._config = ClusterConfig.parse(two_boxes())
-    monkeypatch.setattr("raymoe.actors.placement.START_TIMEOUT_S", 0.2)
+    crew = Crew("pending", ClusterConfig.parse(two_boxes()), (), Limits())
+    monkeypatch.setattr("raymoe.actors.crew.START_TIMEOUT_S", 0.2)
 
     class Pending:
         class describe:
@@ -182,7 +181,7 @@ def test_a_label_that_no_node_has_is_named(cluster: Cluster, monkeypatch: pytest
                 return ray.remote(lambda: time.sleep(30)).remote()
 
     with pytest.raises(StartError, match=r'device "mini-pc" was not scheduled.*box.*mini-pc'):
-        shell._describe("mini-pc", Pending)  # type: ignore[arg-type]
+        crew._describe("mini-pc", Pending)  # type: ignore[arg-type]
 
 
 def test_a_driver_that_is_killed_leaves_no_workers(cluster: Cluster) -> None:

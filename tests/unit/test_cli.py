@@ -552,7 +552,7 @@ def test_bytes_read_well(count: int, text: str) -> None:
 
 def device_stats(name: str, **changes: Any) -> DeviceStats:
     values: dict[str, Any] = {
-        "name": name, "kind": "cpu", "transport": "zmq", "state": "up", "node": "n", "pid": 4242,
+        "name": name, "kind": "cpu", "transport": "zmq", "state": "healthy", "node": "n", "pid": 4242,
         "emulated_link": False,
         "slot_budget_bytes": 1 << 20, "peak_slot_bytes": 1 << 20, "host_bytes": 0, "owned": 128, "resident": 10,
         "resident_experts": (), "calls": 1, "hits": 3, "misses": 1, "loads": 1, "bytes_loaded": 98_304, "evictions": 0,

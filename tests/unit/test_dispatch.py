@@ -1,15 +1,16 @@
 """What the dispatcher knows of workers elsewhere: which experts they hold ready, and how long a load takes them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
-from raymoe.engine.dispatch import Changes, Dispatcher
+from raymoe.engine.dispatch import Dispatcher
+from raymoe.engine.holdings import Changes
 from raymoe.experts.call import ExpertAnswer, ExpertCall, expert_id
 from raymoe.placement.assignment import Fleet
+from raymoe.transport.client import Received
 from raymoe.types import DeviceName, ExpertKey, LayerSize
 
 NEAR, FAR = DeviceName("near"), DeviceName("far")
@@ -28,19 +29,21 @@ class Remote:
 
     tells: dict[DeviceName, dict] = field(default_factory=dict)
     sent: dict[int, tuple[DeviceName, ExpertCall]] = field(default_factory=dict)
-    while_waiting: Any = None
+    late_answers: int = 0
 
     def send(self, device: DeviceName, call: ExpertCall) -> int:
         self.sent[len(self.sent)] = (device, call)
         return len(self.sent) - 1
 
-    def gather(self, requests: dict[int, DeviceName], timeout_s: float) -> dict[int, ExpertAnswer]:
-        return {
-            number: ExpertAnswer(
-                output_PH=torch.zeros(len(self.sent[number][1].experts_P), 4), **self.tells.get(name, {})
+    def receive(self, wait_s: float, awaited: Container[int]) -> list[Received]:
+        return [
+            Received(
+                request=number,
+                answer=ExpertAnswer(output_PH=torch.zeros(len(call.experts_P), 4), **self.tells.get(name, {})),
             )
-            for number, name in requests.items()
-        }
+            for number, (name, call) in self.sent.items()
+            if number in awaited
+        ]
 
 
 def dispatcher(remote: Remote, bounded: Collection[DeviceName], told: list[Changes] | None = None) -> Dispatcher:
@@ -156,8 +159,7 @@ def test_what_is_told_of_holdings_may_be_changed() -> None:
 
 
 def test_remote_workers_are_told_what_to_do_while_they_are_waited_for() -> None:
-    remote = Remote()
-    action = list[int]().clear
-    of_fleet(remote, ()).listen(action)
-    assert remote.while_waiting == action
-    Dispatcher(SIZES, OWNERS, local={}, remote=None, timeout_s=1.0).listen(action)  # nobody is waited for
+    made, done = of_fleet(Remote(), ()), list[int]()
+    made.listen(lambda: done.append(1))
+    ask(made, 0, 0, 1)
+    assert done

@@ -81,6 +81,9 @@ class FakeDispatcher:
     def forget(self, sequence: int) -> None:
         self.forgotten.append(sequence)
 
+    def lost(self, layer: int) -> None:
+        return None
+
     def take_cost(self) -> Routing:
         return Routing(hits=1)
 

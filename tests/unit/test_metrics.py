@@ -152,8 +152,15 @@ def test_every_metric_comes_from_a_field_that_exists(record: type, fields: tuple
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    values = metrics.of_health("a", up=False, heartbeat_age_s=None)
-    assert [(metric.name, value) for metric, _, value in values] == [("raymoe_device_up", 0.0)]
+    values = metrics.of_health("a", "down", heartbeat_age_s=None, restarts=2)
+    assert [(metric.name, labels.get("state"), value) for metric, labels, value in values] == [
+        ("raymoe_device_up", None, 0.0),
+        ("raymoe_device_restarts", None, 2.0),
+        ("raymoe_device_state", "healthy", 0.0),
+        ("raymoe_device_state", "suspect", 0.0),
+        ("raymoe_device_state", "down", 1.0),
+        ("raymoe_device_state", "rejoining", 0.0),
+    ]
     down = metrics.of_predictor(PredictorStats(kind="shadow", state="down"))
     assert [(metric.name, value) for metric, _, value in down] == [("raymoe_predictor_up", 0.0)]
     assert metrics.of_predictor(None) == []

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymoe.placement.routing import Routed, route
+from raymoe.placement.routing import Routed, route, without
 from raymoe.placement.similarity import MatrixSimilarity, ScoreCloseness, Similarity
 
 # the choice is 0, 1, 2, and S = 0.09; alpha = 0.25 makes 2 low-score, and 3 and 4 substitutes
@@ -438,3 +438,27 @@ def test_one_alpha_for_all_is_the_same_alpha_for_each(case: Case, alpha: float) 
     each = replace(case, alpha_T=np.full(len(case.chosen_TK), alpha, dtype=np.float32))
     one = replace(case, alpha_T=alpha)
     assert (each.route().experts_TK == one.route().experts_TK).all()
+
+
+# --- experts that are lost ------------------------------------------------------------------------------
+
+
+def left(lost: set[int], scores: list[float], chosen: list[int], permitted: list[int] | None = None) -> list[int]:
+    """What one token computes without these."""
+    lost_E = np.isin(np.arange(len(scores)), list(lost))
+    permitted_TE = None if permitted is None else np.isin(np.arange(len(scores)), permitted)[None]
+    done = without(lost_E, np.array([scores], dtype=np.float32), np.array([chosen]), permitted_TE)
+    assert (done.replaced_TK == (done.experts_TK != np.array([chosen]))).all()
+    return done.experts_TK[0].tolist()
+
+
+def test_lost_experts_give_way_to_the_best_that_are_left_whatever_they_score() -> None:
+    assert left(set(), SCORES, CHOSEN) == CHOSEN
+    assert left({0}, SCORES, CHOSEN) == [3, 1, 2]
+    assert left({0, 2, 3}, SCORES, CHOSEN) == [4, 1, 5]
+
+
+def test_permitted_ones_come_first_and_what_nothing_is_left_for_stays() -> None:
+    assert left({0}, SCORES, CHOSEN, permitted=[0, 1, 2, 5]) == [5, 1, 2]
+    assert left({0, 1}, SCORES, CHOSEN, permitted=[0, 1, 2, 5]) == [5, 3, 2]
+    assert left({0, 1, 3, 4}, SCORES, CHOSEN) == [5, 1, 2]

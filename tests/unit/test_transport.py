@@ -49,6 +49,7 @@ from raymoe.transport.placement import OnForecast, OrderDesk, PlacementClient, P
 from raymoe.transport.server import WorkerServer
 from raymoe.transport.sockets import Endpoint, KeyPair, client_socket, server_socket
 from raymoe.types import DeviceName, ExpertKey, StepId
+from tests.asking import gather
 from tests.frames import DAMAGED, wire
 
 LIMITS = Limits(layers=8, rows=64, pairs=256, hidden=64, experts=32, changes=64, body_bytes=1 << 16)
@@ -484,7 +485,7 @@ def wired() -> Iterator[Wired]:
 
 def ask(client: WorkerClient, device: DeviceName = EDGE, timeout_s: float = TIMEOUT_S, layer: int = 0) -> ExpertAnswer:
     request = client.send(device, some_call(layer=layer))
-    return client.gather({request: device}, timeout_s)[request]
+    return gather(client, {request: device}, timeout_s)[request]
 
 
 @contextmanager
@@ -502,7 +503,7 @@ def raw_socket(endpoint: str, server_key: bytes, keys: KeyPair) -> Iterator[zmq.
 def test_a_layer_goes_to_several_workers_and_comes_back(wired: Wired) -> None:
     call = some_call()
     requests = {wired.client.send(name, call): name for name in (EDGE, OTHER)}
-    answers = wired.client.gather(requests, TIMEOUT_S)
+    answers = gather(wired.client, requests, TIMEOUT_S)
     assert set(answers) == set(requests)
     for answer in answers.values():
         assert torch.equal(answer.output_PH, 2 * call.hidden_RH[[0, 2, 1]])
@@ -513,7 +514,7 @@ def test_many_calls_in_a_row_are_answered_in_kind(wired: Wired) -> None:
     for number in range(50):
         hidden = torch.full((3, 8), float(number))
         request = wired.client.send(EDGE, some_call(hidden))
-        assert wired.client.gather({request: EDGE}, TIMEOUT_S)[request].output_PH[0, 0] == 2.0 * number
+        assert gather(wired.client, {request: EDGE}, TIMEOUT_S)[request].output_PH[0, 0] == 2.0 * number
 
 
 def test_a_wrongly_keyed_client_gets_no_answer(wired: Wired) -> None:
@@ -622,13 +623,13 @@ def test_a_failing_worker_is_told_with_its_reason(wired: Wired) -> None:
 def test_a_late_answer_is_dropped_and_counted(wired: Wired) -> None:
     worker = wired.workers[EDGE]
     worker.gate.clear()
-    with pytest.raises(ExpertUnavailableError, match=r"no answer from worker edge within 0\.05 s; is its node up"):
+    with pytest.raises(ExpertUnavailableError, match=r"no answer from worker edge within 0\.05 s"):
         ask(wired.client, timeout_s=0.05)
     assert worker.entered.wait(TIMEOUT_S)
     worker.gate.set()
     hidden = torch.full((3, 8), 9.0)
     request = wired.client.send(EDGE, some_call(hidden))
-    answer = wired.client.gather({request: EDGE}, TIMEOUT_S)[request]
+    answer = gather(wired.client, {request: EDGE}, TIMEOUT_S)[request]
     assert answer.output_PH.unique().tolist() == [18.0]
     assert wired.client.late_answers == 1
 
@@ -637,7 +638,7 @@ def test_only_the_silent_worker_is_named(wired: Wired) -> None:
     wired.workers[OTHER].gate.clear()
     requests = {wired.client.send(name, some_call()): name for name in (EDGE, OTHER)}
     with pytest.raises(ExpertUnavailableError, match=r"no answer from worker other within"):
-        wired.client.gather(requests, 1.0)
+        gather(wired.client, requests, 1.0)
 
 
 def test_heartbeats_are_answered_during_a_long_computation(wired: Wired) -> None:
@@ -647,7 +648,7 @@ def test_heartbeats_are_answered_during_a_long_computation(wired: Wired) -> None
     seconds = wired.client.ping(EDGE, TIMEOUT_S)
     assert seconds is not None and 0 < seconds < TIMEOUT_S
     wired.workers[EDGE].gate.set()
-    assert wired.client.gather({request: EDGE}, TIMEOUT_S)
+    assert gather(wired.client, {request: EDGE}, TIMEOUT_S)
 
 
 def test_prefetch_orders_arrive_layer_by_layer(wired: Wired) -> None:
@@ -724,15 +725,15 @@ def test_heartbeats_of_a_dead_worker_fail_even_with_a_full_queue(nobody: WorkerC
         [header_with(kind=3, request=1, a=5), b"abc"],
     ],
 )
-def test_a_worker_that_answers_nonsense_is_an_error_to_the_caller(reply: list[bytes]) -> None:
+def test_a_worker_that_answers_nonsense_has_not_answered(reply: list[bytes]) -> None:
     context, keys = zmq.Context(), KeyPair.create()
     socket, address = server_socket(context, "127.0.0.1", keys, LIMITS)
     with closing_client({EDGE: Endpoint(data=address, control=address, public_key=keys.public)}, KeyPair.create()) as c:
         request = c.send(EDGE, some_call())
         sender, *_ = socket.recv_multipart()
         socket.send_multipart([sender, *reply])
-        with pytest.raises((FrameError, ExpertUnavailableError)):
-            c.gather({request: EDGE}, TIMEOUT_S)
+        assert c.receive(TIMEOUT_S, {request}) == []
+    assert c.malformed == 1
     socket.close()
     context.term()
 

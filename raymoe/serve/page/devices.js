@@ -66,8 +66,10 @@ class Card {
     this.root.dataset.state = stats.state;
     const [, about, state] = this.title.children;
     about.textContent = `${stats.kind}, ${stats.transport === "local" ? "in the engine" : "its own process"}${stats.emulated_link ? ", emulated link" : ""}`;
-    const age = stats.heartbeat_age_s ?? null;
-    state.textContent = stats.state === "down" ? "does not answer" : age !== null && age > 3 ? `silent for ${duration(age)}` : stats.state;
+    const words = { suspect: "silent for a moment", down: "does not answer", rejoining: "reads its experts" };
+    const since = stats.since_s ?? null;
+    state.textContent = stats.state === "healthy" || since === null ? words[stats.state] ?? stats.state : `${words[stats.state]}, for ${duration(since)}`;
+    state.title = stats.reason ?? "";
     const rates = this.rates(stats, seconds);
     this.showSlots(stats);
     const flow = rates.bytes === null ? "–" : `${percent(rates.busy, 0)}, ${bytes(rates.bytes)}/s`;
