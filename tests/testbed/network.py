@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 PREFIX = "rmtb-"  # of every namespace; interfaces live in them and go with them
 SWITCH = f"{PREFIX}switch"
@@ -146,7 +147,7 @@ def testbed(names: Sequence[str], link: Link) -> Iterator[Network]:
     reason = why_not()
     if reason is not None:
         raise TestbedError(reason)
-    with only_one():
+    with only_one(), ended_by_sigterm():
         remove()
         try:
             hosts = tuple(Host(name=name, address=f"{SUBNET}.{10 + index}") for index, name in enumerate(names))
@@ -156,6 +157,20 @@ def testbed(names: Sequence[str], link: Link) -> Iterator[Network]:
 
 
 testbed.__test__ = False  # type: ignore[attr-defined] - a fixture's matter, not a test
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds this process as Ctrl-C does, so that nothing is left behind."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
