@@ -1,8 +1,8 @@
 """Decoding over several hosts with an emulated network, against the same processes on one host's loopback.
 
-The hosts are network namespaces of this machine (tests/testbed): real processes, sockets, encryption and kernel TCP, but
-no real cable, and one machine's processors for all of them. What a network adds to a token is compared with a model that
-knows nothing of tokens: the messages of one, times what one of that size takes, measured with nothing behind it.
+The hosts are network namespaces of this machine (tests/testbed): real processes, sockets, encryption and kernel TCP,
+but no real cable, and one machine's processors for all of them. What a network adds to a token is compared with a model
+that knows nothing of tokens: the messages of one, times what one of that size takes, measured with nothing behind it.
 
     python -m benchmarks.testbed [--nodes 5] [--rate 1gbit] [--delay 0.2ms] [--quick] [--json PATH]
 """

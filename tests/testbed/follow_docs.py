@@ -79,7 +79,7 @@ class Shell:
         """Run the commands; what they said. Raises StepError where one fails."""
         step = self.host.home / ".testbed" / "step"
         step.write_text(commands)  # in a file, for what a command reads from its input would be the next commands
-        self._process.stdin.write(f"set -e; . {step} < /dev/null; set +e; echo {DONE}\n")
+        self._process.stdin.write(f"set -e; . {step} < /dev/null; set +e; printf '\\n{DONE}\\n'\n")
         self._process.stdin.flush()
         said: list[str] = []
         while True:
