@@ -1,6 +1,5 @@
 """The testbed itself: hosts that are apart, cables of a rate and a delay, and nothing left behind."""
 
-import os
 import signal
 import statistics
 import subprocess
@@ -8,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from tests.testbed.network import (
@@ -43,6 +43,10 @@ with testbed(["a", "b"], Link(delay_s=0.001)) as network:
 """
 
 
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # that is its new parent's
+
+
 def test_what_a_crash_leaves_behind_is_removed_by_the_next() -> None:  # the first, for there is one testbed at a time
     done = subprocess.run([sys.executable, "-c", CRASH], cwd=REPOSITORY, timeout=60)
     left = [line.split()[0] for line in run("ip", "netns", "list").splitlines() if line.startswith(PREFIX)]
@@ -50,7 +54,7 @@ def test_what_a_crash_leaves_behind_is_removed_by_the_next() -> None:  # the fir
     sleepers = [int(pid) for pid in run("ip", "netns", "pids", f"{PREFIX}a").split()]
     with testbed(["a", "b"], Link(rate="", delay_s=0.0)) as network:
         assert round_trips_s(network.hosts, 1)
-        assert not any(os.path.exists(f"/proc/{pid}") for pid in sleepers) and sleepers
+        assert sleepers and not any(is_running(pid) for pid in sleepers)
     assert PREFIX not in run("ip", "netns", "list")
     assert [item.name for item in ROOT.iterdir()] == ["lock"]
 
