@@ -13,6 +13,7 @@ from raymoe.serve.key_source import environment_keys
 
 SHED_ROOM = 256  # requests under way beside those the engine takes, so that it can refuse them itself, in JSON
 CPU_SHARE = 0.1  # of what Ray counts, so that a machine of two cores holds several applications
+INGRESS_SHARE = 0.01  # not 0, or it may come to live on a machine that is there for its experts, and be lost with it
 GRACE_S = 10.0  # for running answers when the application is deleted
 START_ATTEMPTS = 1  # what stops an engine at first is told at once; one that has run is restarted for ever
 HEALTH_PERIOD_S = 5.0
@@ -50,7 +51,7 @@ def engine_options(config: ClusterConfig) -> dict[str, Any]:
 
 def ingress_options(config: ClusterConfig) -> dict[str, Any]:
     """Serve's options of the ingress."""
-    return {**_common(config), "ray_actor_options": {"num_cpus": 0}}
+    return {**_common(config), "ray_actor_options": {"num_cpus": INGRESS_SHARE}}
 
 
 def _common(config: ClusterConfig) -> dict[str, Any]:
