@@ -26,15 +26,14 @@ import ray
 from raymoe.actors.crew import REPORT_TIMEOUT_S, Crew
 from raymoe.actors.membership import Membership
 from raymoe.actors.names import NAMESPACE, Life, placement_name
+from raymoe.actors.overview import Overview
 from raymoe.actors.repairs import Repairs
-from raymoe.actors.reports import seen_stats, settings_stats, shortages
 from raymoe.actors.shadow_keeper import ShadowKeeper
 from raymoe.actors.shares import bounded_devices, cluster_fleet, hand_out, spreads
 from raymoe.actors.views import ClusterView
 from raymoe.config import ClusterConfig, SchedulingConfig
-from raymoe.observe.metrics import Values, of_health, of_predictor, of_repairs
 from raymoe.observe.ray_metrics import Publisher, RayExporter
-from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats, PredictorStats
+from raymoe.observe.stats import ClusterStats, EngineStats
 from raymoe.placement.ownership import (
     Capacity,
     Ownership,
@@ -58,7 +57,6 @@ log = logging.getLogger(__name__)
 
 SHADOW_START_S = 300.0  # to open the checkpoint and quantise; then the model starts without
 WATCH_S = 1.0
-STATS_WAIT_S = 1.0  # for reports: whoever looks wants to see at once that a device is silent
 FIRST_PONG_S = 5.0  # for the first heartbeats of workers that have just answered by Ray; a view lists who was heard
 REPAIR_WAIT_S = 60.0  # an engine that comes back to a cluster being repaired starts without the rest after that
 WAIT_STEP_S = 0.02
@@ -89,13 +87,13 @@ class PlacementShell:
         self._server: PlacementServer | None = None
         self._engine: tuple[str, EngineStats] | None = None
         self._shadow = ShadowKeeper(app, self._config, limits) if self._config.predictor_kind == "shadow" else None
+        self._overview = Overview(app, self._config, self._crew, self._members, self._repairs, self._shadow)
         self._shadow_version = 0  # of the ownership that the shadow was told
         self._first_target: Target | None = None
         self._life = Life(actor=ray.get_runtime_context().get_actor_id() or "", start=uuid.uuid4().hex)
-        self._reports: dict[DeviceName, Any] = {}  # of workers, the last ones
         self._start_lock = threading.Lock()
         self._rebuild()
-        Publisher(RayExporter(app), self._values).start()
+        Publisher(RayExporter(app), self._overview.values).start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     @cached_property
@@ -348,59 +346,13 @@ class PlacementShell:
             names: also of the resident experts, of which there may be ten thousands.
         """
         engine = self._engine
-        replication, most = self._repairs.replication or 0, self._repairs.most
-        target = self._repairs.target
-        lost = target.lost if target is not None else ()
-        return ClusterStats(
-            app=self._app,
-            devices=self._device_stats(self._ask_reports(names)),
-            engine=engine[1] if engine is not None and engine[0] in self._holders.seen_s else None,
-            replication=replication,
-            policy=self._crew.scheduling.policy,
-            predictor=self._predictor_stats(),
-            settings=settings_stats(self._crew.scheduling),
-            repairs=self._repairs.done,
-            lost_experts=tuple((key.layer, key.expert) for key in lost),
-            warnings=shortages(replication, most, len(lost)),
-        )
-
-    def _ask_reports(self, names: bool) -> dict[DeviceName, Any]:
-        """Every worker's report; the last one of a worker that is busy, or silent for a moment."""
-        there = self._members.reachable()
-        self._reports |= self._crew.ask("report", names, names=there, wait_s=STATS_WAIT_S)
-        self._reports = {name: report for name, report in self._reports.items() if name in there}
-        return self._reports
-
-    def _device_stats(self, reports: dict[DeviceName, Any]) -> dict[str, DeviceStats]:
-        now_s = self._members.clock()
-        found = {}
-        for device in self._crew.remote:
-            name = DeviceName(device.name)
-            with self._members.lock:
-                health = replace(self._members.roster.health[name])  # as it is now
-            found[device.name] = seen_stats(device, health, self._crew.infos.get(name), reports.get(name), now_s)
-        return found
+        told = engine[1] if engine is not None and engine[0] in self._holders.seen_s else None
+        return self._overview.stats(told, names)
 
     def residency(self) -> "dict[str, ResidencyMap]":
         """Every worker's map; those that do not answer are left out."""
         maps = self._crew.ask("residency", names=self._members.reachable())
         return {str(name): answer for name, answer in maps.items()}
-
-    def _values(self) -> Values:
-        """Metrics of what this actor alone sees."""
-        values = of_predictor(self._predictor_stats())
-        target = self._repairs.target
-        values += of_repairs(self._repairs.done, len(target.lost) if target is not None else 0)
-        for name, stats in self._device_stats({}).items():
-            values += of_health(name, stats.state, heartbeat_age_s=stats.heartbeat_age_s, restarts=stats.restarts)
-        return values
-
-    def _predictor_stats(self) -> PredictorStats | None:
-        """The shadow's; other kinds are part of the engine, and well while that is."""
-        kind = self._config.predictor_kind
-        if self._shadow is not None:
-            return self._shadow.stats()
-        return None if kind is None else PredictorStats(kind=kind, state="healthy")
 
     # --- within -----------------------------------------------------------------------------------------
 

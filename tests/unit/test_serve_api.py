@@ -52,6 +52,7 @@ COST = {
     "recall": 0.5,
     "drafted": 0,
     "accepted": 0,
+    "degraded": False,
 }
 USAGE = {
     "prompt_tokens": 3,
