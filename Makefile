@@ -12,11 +12,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA)
 PORT ?= 8000
 JOBS ?= $(shell nproc)
+NODES ?= 5
+RATE ?= 1gbit
+DELAY ?= 0.2ms
 PROMPT ?= Elizabeth looked at Mr. Darcy and
 
 MINUTES ?= 5
 
-.PHONY: run test check bench soak fuzz audit lint types imports unit test-browser manifests docs clean
+.PHONY: run test check bench soak fuzz audit testbed test-testbed follow-docs lint types imports unit test-browser manifests docs clean
 
 # torch first and alone: with a CPU build installed, nothing later asks for the CUDA one
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -91,6 +94,18 @@ fuzz: $(VENV)/.dev
 audit: $(VENV)/.dev
 	$(PIP) -e ".[audit]" || echo "pip-audit can't be installed here"
 	$(BIN)/python -m tests.audit
+
+# decoding over NODES hosts on an emulated network, against loopback; as root, for hosts are network namespaces
+testbed: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.testbed --nodes $(NODES) --rate $(RATE) --delay $(DELAY) --json out/testbed.json
+
+# the tests on such hosts; skipped, with the reason, where there can be none
+test-testbed: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/testbed -n 0 -rs
+
+# what docs/edge.md says for two boxes, word for word, on two such hosts
+follow-docs: $(VENV)/.dev
+	$(BIN)/python -m tests.testbed.follow_docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -15,6 +15,7 @@ from raymoe.config import (
     TrunkConfig,
     UserConfig,
 )
+from raymoe.hosts.file import HostConfig, HostsConfig
 from raymoe.planning.cluster import (
     ComputeSpec,
     DevicesFile,
@@ -37,6 +38,8 @@ SECTIONS: dict[str, type[StrictModel]] = {
     "predictor": PredictorConfig,
     "serving": ServingConfig,
     "user_config of the engine in a Ray Serve config": UserConfig,
+    "the hosts file of `raymoe up`": HostsConfig,
+    "hosts file: hosts (a list)": HostConfig,
     "the devices file of `raymoe plan`": DevicesFile,
     "devices file: devices (a list)": DeviceSpec,
     "devices file: link": LinkSpec,

@@ -25,6 +25,7 @@ from raymoe import (
     simulating,
     top_command,
     tracing,
+    up_command,
 )
 from raymoe.chatting import stream_chat
 from raymoe.errors import CheckpointError, ConfigError, RaymoeError, RequestError, StartError
@@ -188,6 +189,12 @@ def status(
 app.command()(chatting.chat)
 app.add_typer(keys_command.app, name="keys")
 app.command()(top_command.top)
+
+# --- machines -------------------------------------------------------------------------------------------
+
+app.command()(up_command.up)
+app.command()(up_command.down)
+app.add_typer(up_command.node)
 
 # --- measuring a model ----------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import ray
 import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymoe.actors.crew import HOST_SHARE
 from raymoe.actors.lease import Lease
@@ -387,7 +388,8 @@ def find_or_create_placement(config: ClusterConfig, app: str, checkpoint: Checkp
         max_restarts=-1,
         num_cpus=0,
         max_concurrency=8,
-        scheduling_strategy="DEFAULT",
+        # beside the engine: a node that is lost must not take both the device on it and whoever repairs that
+        scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
     ).remote(app, wanted, checkpoint.sizes(), limits)
 
 

@@ -14,6 +14,7 @@ from raymoe.serve.key_source import environment_keys
 SHED_ROOM = 256  # requests under way beside those the engine takes, so that it can refuse them itself, in JSON
 LOOK_ROOM = 256  # requests that only look, and those that an ingress is about to refuse
 CPU_SHARE = 0.1  # of what Ray counts, so that a machine of two cores holds several applications
+INGRESS_SHARE = 0.01  # not 0, or it may come to live on a machine that is there for its experts, and be lost with it
 START_ATTEMPTS = 1  # what stops an engine at first is told at once; one that has run is restarted for ever
 HEALTH_PERIOD_S = 1.0  # the mean time to notice a death is half of it; a check costs about a millisecond
 HEALTH_TIMEOUT_S = 30.0  # a long prefill on few cores keeps the interpreter busy
@@ -53,7 +54,7 @@ def engine_options(config: ClusterConfig) -> dict[str, Any]:
 def ingress_options(config: ClusterConfig) -> dict[str, Any]:
     """Serve's options of the ingress."""
     most = most_at_once(config) + LOOK_ROOM
-    return {**_common(config), "max_ongoing_requests": most, "ray_actor_options": {"num_cpus": 0}}
+    return {**_common(config), "max_ongoing_requests": most, "ray_actor_options": {"num_cpus": INGRESS_SHARE}}
 
 
 def most_at_once(config: ClusterConfig) -> int:
