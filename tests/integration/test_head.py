@@ -35,6 +35,11 @@ CONFIG = {
 }
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -67,7 +72,7 @@ def store(kind: str, directory: Path) -> Iterator[None]:
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, "the start of Redis")
+        until(lambda: listens(port), "the start of Redis")
         with environment(RAY_REDIS_ADDRESS=f"127.0.0.1:{port}"):
             yield
     finally:

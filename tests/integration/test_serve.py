@@ -136,9 +136,9 @@ def actor_names(app: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def long_stream(server: Server) -> Iterator[Iterator[str]]:
+def long_stream(server: Server, **options: Any) -> Iterator[Iterator[str]]:
     """Lines of an answer that takes long; leaving closes the connection."""
-    body = {**LONG, "stream": True}
+    body = {**LONG, "stream": True, **options}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=WAIT_S) as stream:
         yield stream.iter_lines()
 
@@ -500,9 +500,9 @@ def whole_text(lines: Iterator[str]) -> str:
 
 
 def test_generation_goes_on_when_the_placement_actor_dies(server: Server) -> None:
-    with long_stream(server) as lines:
+    with long_stream(server, max_tokens=300) as lines:
         undisturbed = whole_text(lines)
-    with long_stream(server) as lines:
+    with long_stream(server, max_tokens=300) as lines:
         first = next(lines)
         ray.kill(ray.get_actor("raymoe:raymoe:placement", "raymoe"), no_restart=False)
         assert whole_text(itertools.chain([first], lines)) == undisturbed
