@@ -39,8 +39,12 @@ CONFIG: dict[str, Any] = {
 SURVIVAL = {
     "patience": ("raymoe.engine.exchange:Exchange._learn", "raymoe.engine.exchange:Exchange._late_s"),
     "looks at workers": ("raymoe.engine.exchange:Exchange._look", "raymoe.engine.suspects:Suspects.look"),
-    "who brought what": ("raymoe.engine.exchange:Exchange._count", "raymoe.engine.exchange:Exchange.clear"),
-    "calls that may be sent again": ("raymoe.engine.exchange:Asked.__init__",),
+    "calls that may be sent again": (
+        "raymoe.engine.exchange:Asked.__init__",
+        "raymoe.engine.exchange:Answered.__init__",
+        "raymoe.engine.exchange:Exchange._is_missing",
+        "raymoe.engine.exchange:Exchange.clear",
+    ),
     "news of owners": ("raymoe.engine.dispatch:Dispatcher.catch_up",),
     "parked requests": ("raymoe.engine.parking:Parking.look", "raymoe.engine.parking:Parking.overdue"),
     "lease": ("raymoe.actors.lease:Lease._renew",),
