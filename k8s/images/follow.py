@@ -28,7 +28,8 @@ from pathlib import Path
 CONTEXT = Path(__file__).resolve().parents[2]
 PASSED = re.compile(r"(PIP|SSL)_\w+|\w+_proxy", re.IGNORECASE)
 BUILD_TOOLS = ("cc", "gcc", "g++", "clang", "make", "ld", "git")
-CHECKS = ("test $(id -u) -ne 0", "wget --version", "bash -c true", "ray --version", "raymoe --help")
+KERNELS = 'python -c "from raymoe.kernels.native import load_native as load; assert load(1), 1"'
+CHECKS = ("test $(id -u) -ne 0", "wget --version", "bash -c true", "ray --version", "raymoe --help", KERNELS)
 COMMAND_TIMEOUT_S = 3600
 SHOWN_LINES = 40  # of what a line that failed has said
 
@@ -163,7 +164,7 @@ class Follower:
             text=True,
             timeout=COMMAND_TIMEOUT_S,
         )
-        if done.returncode:
+        if done.returncode and done.stdout:
             print("\n".join(done.stdout.splitlines()[-SHOWN_LINES:]), flush=True)
         return done.returncode == 0
 

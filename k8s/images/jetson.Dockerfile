@@ -35,7 +35,7 @@ COPY --from=wheel /wheels /wheels
 RUN grep -vE '^(torch|numpy)==' constraints.txt > jetson.txt \
     && python -c "import torch, numpy; print(f'torch=={torch.__version__}\nnumpy=={numpy.__version__}')" >> jetson.txt \
     && pip install -c jetson.txt /wheels/*.whl \
-    && python -m raymoe.kernels.building
+    && python -P -m raymoe.kernels.building
 
 
 # hadolint ignore=DL3006
