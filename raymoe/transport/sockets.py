@@ -60,14 +60,26 @@ def authenticator(context: zmq.Context, clients: AllowedClients) -> ThreadAuthen
     return thread
 
 
-def server_socket(context: zmq.Context, address: str, keys: KeyPair, limits: Limits) -> tuple[zmq.Socket, str]:
-    """A bound ROUTER on a free port of ``address``; returns it and its endpoint."""
+def server_socket(
+    context: zmq.Context, address: str, keys: KeyPair, limits: Limits, port: int | None = None
+) -> tuple[zmq.Socket, str]:
+    """A ROUTER bound to ``port`` of ``address``, or to a free one; returns it and its endpoint.
+
+    Raises OSError where that can't be bound.
+    """
     socket = context.socket(zmq.ROUTER)
     _bound(socket, limits)
     socket.curve_server = True
     socket.curve_publickey = keys.public
     socket.curve_secretkey = keys.secret
-    port = socket.bind_to_random_port(f"tcp://{bracketed(address)}")
+    try:
+        if port is None:
+            port = socket.bind_to_random_port(f"tcp://{bracketed(address)}")
+        else:
+            socket.bind(f"tcp://{bracketed(address)}:{port}")
+    except zmq.ZMQBaseError as error:
+        socket.close()
+        raise OSError(f"{address}, {f'port {port}' if port else 'any port'}: {error}") from error
     return socket, f"tcp://{bracketed(address)}:{port}"
 
 
