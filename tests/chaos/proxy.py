@@ -10,11 +10,13 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 from typing import Any
+
+from tests.chaos.schedule import Fault, Kind
 
 CHUNK_BYTES = 1 << 16
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: closing sends a reset, as a host that has lost the connection does
@@ -49,6 +51,38 @@ class Condition:
 
 
 CLEAR = Condition()
+
+
+def condition_of(fault: Fault) -> Condition | None:
+    """What a fault makes of a link; None for those that are of no link."""
+    strength = fault.strength
+    match fault.kind:
+        case Kind.SLOW_LINK:  # from a busy Wi-Fi to a bad mobile connection
+            return Condition(delay_s=0.005 * 40**strength, bytes_per_s=1e7 / 20**strength)
+        case Kind.STALL_LINK:
+            return Condition(stalled=tuple(Plane))
+        case Kind.STALL_CALLS:
+            return Condition(stalled=(Plane.CALLS,))
+        case Kind.CUT_LINK:
+            return Condition(cut=True)
+        case Kind.CORRUPT_LINK:
+            return Condition(corrupted=0.02 + 0.5 * strength)
+        case Kind.DROP_BYTES:
+            return Condition(dropped=0.02 + 0.5 * strength)
+    return None
+
+
+def merged(conditions: Sequence[Condition]) -> Condition:
+    """All of them at once; the clear one where there are none."""
+    rates = [one.bytes_per_s for one in conditions if one.bytes_per_s is not None]
+    return Condition(
+        delay_s=max((one.delay_s for one in conditions), default=0.0),
+        bytes_per_s=min(rates, default=None),
+        stalled=tuple(plane for plane in Plane if any(plane in one.stalled for one in conditions)),
+        cut=any(one.cut for one in conditions),
+        corrupted=max((one.corrupted for one in conditions), default=0.0),
+        dropped=max((one.dropped for one in conditions), default=0.0),
+    )
 
 
 class Link:
