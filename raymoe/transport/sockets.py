@@ -4,6 +4,10 @@ Keys are CURVE pairs. A server admits only the client keys it was told; they tra
 never over these sockets, and are never logged.
 """
 
+import contextlib
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import zmq
@@ -13,6 +17,11 @@ from raymoe.transport.frames import HEADER, Limits
 
 HIGH_WATER_MARK = 64  # messages: several layers' worth; a full queue is an error, not a place to wait
 LINGER_MS = 0
+# A stream with a wrong byte in a frame's length, or whose other end vanished, does not end by itself (TCP gives up
+# after some 15 minutes). ZeroMQ's own heartbeats end it, and it is made anew. Its own threads answer them.
+HEARTBEAT_MS = 1000
+HEARTBEAT_TIMEOUT_MS = 2000
+REDIAL_S = 1.0  # a handshake takes milliseconds on a network, and some tenths of a second on a busy small machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +103,39 @@ def unconnected_socket(context: zmq.Context, server_key: bytes, keys: KeyPair, l
     """A DEALER for a server with this key, to be watched before it connects."""
     socket = context.socket(zmq.DEALER)
     _bound(socket, limits)
+    socket.heartbeat_ivl = HEARTBEAT_MS
+    socket.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
+    socket.heartbeat_ttl = 2 * HEARTBEAT_TIMEOUT_MS  # the other end gives up as well
     socket.curve_serverkey = server_key
     socket.curve_publickey = keys.public
     socket.curve_secretkey = keys.secret
     return socket
+
+
+class Redial:
+    """Connects sockets anew that take nothing more.
+
+    Where what arrives can't be decrypted, libzmq gives a client's connection up for good: the socket then has nobody to
+    send to, as one whose peer is long gone has a full queue. Either way what it holds is of no use to anybody.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._dialled_s: dict[zmq.Socket, float] = {}
+
+    def refused(self, socket: zmq.Socket, endpoint: str) -> None:
+        """A message was not taken: connect anew, at most once in ``REDIAL_S``."""
+        now_s = self._clock()
+        if now_s - self._dialled_s.get(socket, -math.inf) < REDIAL_S:
+            return
+        self._dialled_s[socket] = now_s
+        with contextlib.suppress(zmq.ZMQError):  # libzmq has forgotten the endpoint
+            socket.disconnect(endpoint)
+        socket.connect(endpoint)
+
+    def forget(self, socket: zmq.Socket) -> None:
+        """It is closed."""
+        self._dialled_s.pop(socket, None)
 
 
 def bracketed(address: str) -> str:

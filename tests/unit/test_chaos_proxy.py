@@ -184,7 +184,7 @@ def worker_behind(proxy: Proxy, keys: KeyPair, ports: tuple[int, int]) -> Iterat
         server.close()
 
 
-@pytest.mark.parametrize("fault", [Condition(cut=True)])
+@pytest.mark.parametrize("fault", [Condition(cut=True), Condition(corrupted=1.0), Condition(dropped=1.0)])
 def test_an_encrypted_connection_breaks_and_comes_back(fault: Condition) -> None:
     """What is changed or missing is never taken for a message: the connection ends, and is made anew."""
     keys, (first, second) = KeyPair.create(), free_ports(2)
