@@ -12,9 +12,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA)
 PORT ?= 8000
 JOBS ?= $(shell nproc)
+SEED ?= 1
+POLICY ?= on_demand
 PROMPT ?= Elizabeth looked at Mr. Darcy and
 
-.PHONY: run test check bench soak lint types imports unit test-browser docs clean
+.PHONY: run test check bench soak chaos lint types imports unit test-browser docs clean
 
 # torch first and alone: with a CPU build installed, nothing later asks for the CUDA one
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -74,6 +76,10 @@ bench: $(VENV)/.dev
 # 500 requests of every kind over ten minutes against a real server; every good answer is checked, nothing may be left
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak
+
+# 200 faults in 20 minutes upon a real cluster; SEED and POLICY choose others, CHAOS takes further options
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos --seed $(SEED) --policy $(POLICY) --json out/chaos.json $(CHAOS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

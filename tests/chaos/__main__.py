@@ -18,21 +18,13 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tests.chaos.cluster import DEVICES, POLICIES, ChaosCluster
+from tests.chaos.cluster import DEVICES, POLICIES, ChaosCluster, kinds_for
 from tests.chaos.play import play
 from tests.chaos.report import table
 from tests.chaos.schedule import Fault, Kind, draw, read, write
 from tests.chaos.verdict import judge
 
 SCHEDULE = Path("out/chaos-schedule.json")
-
-
-def kinds_for(policy: str, wanted: str | None) -> list[Kind]:
-    """The kinds of fault that can hit a cluster of this policy, or those that were asked for."""
-    if wanted is not None:
-        return [Kind(name) for name in wanted.split(",")]
-    has_shadow = policy in ("on_demand_shadow", "joint")
-    return [kind for kind in Kind if has_shadow or kind is not Kind.KILL_SHADOW]
 
 
 def chosen(options: argparse.Namespace) -> tuple[tuple[Fault, ...], int, float]:
@@ -45,7 +37,7 @@ def chosen(options: argparse.Namespace) -> tuple[tuple[Fault, ...], int, float]:
         minutes=options.minutes,
         faults=options.faults,
         devices=DEVICES,
-        kinds=kinds_for(options.policy, options.kinds),
+        kinds=[Kind(kind) for kind in options.kinds.split(",")] if options.kinds else kinds_for(options.policy),
     )
     write(options.write, faults, options.seed)
     return faults, options.seed, 60 * options.minutes

@@ -21,6 +21,7 @@ from raymoe.config import ClusterConfig
 from raymoe.serve.app import build_application
 from raymoe.transport.sockets import KeyPair
 from tests.chaos.proxy import Proxy
+from tests.chaos.schedule import Kind
 from tests.free_ports import free_ports
 
 APP = "chaos"
@@ -29,7 +30,13 @@ SLOTS = "4MiB"  # of 48 MiB of experts, so that they come and go
 STORE_BYTES = 80 << 20  # Ray's least; nothing of ours is in it
 PROCESS_S = 60.0  # the most to wait for a process that Ray is starting again
 ADMIT_S = 10.0
-POLICIES = ("on_demand", "importance", "on_demand_shadow", "joint")
+WITH_SHADOW = ("on_demand_shadow", "joint")
+POLICIES = ("on_demand", "importance", *WITH_SHADOW)
+
+
+def kinds_for(policy: str) -> tuple[Kind, ...]:
+    """The kinds of fault that can hit a cluster of this policy."""
+    return tuple(kind for kind in Kind if policy in WITH_SHADOW or kind is not Kind.KILL_SHADOW)
 
 
 def configuration(policy: str, ports: dict[str, tuple[int, int]], proxy: Proxy) -> ClusterConfig:
@@ -51,7 +58,7 @@ def configuration(policy: str, ports: dict[str, tuple[int, int]], proxy: Proxy) 
         "replication": 2,
         "scheduling": {"policy": policy},
     }
-    if policy in ("on_demand_shadow", "joint"):
+    if policy in WITH_SHADOW:
         config["predictor"] = {"kind": "shadow", "bits": 8}
     return ClusterConfig.parse(config)
 
