@@ -149,8 +149,8 @@ class Link:
         with contextlib.suppress(OSError):  # either end has gone
             while chunk := await reader.read(CHUNK_BYTES):
                 carried = await self._carry(plane, chunk)
-                writer.write(carried)
                 self.carried_bytes += len(carried)
+                writer.write(carried)
                 await writer.drain()
         reset(writer)
 
