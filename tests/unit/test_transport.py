@@ -47,7 +47,7 @@ from raymoe.transport.frames import (
 )
 from raymoe.transport.placement import OnForecast, OrderDesk, PlacementClient, PlacementServer
 from raymoe.transport.server import WorkerServer
-from raymoe.transport.sockets import Endpoint, KeyPair, client_socket, server_socket
+from raymoe.transport.sockets import Endpoint, KeyPair, Redial, client_socket, server_socket
 from raymoe.types import DeviceName, ExpertKey, StepId
 from tests.asking import gather
 from tests.frames import DAMAGED, wire
@@ -220,6 +220,36 @@ def some_call(hidden: torch.Tensor | None = None, layer: int = 0) -> ExpertCall:
         experts_P=np.array([1, 1, 2], dtype=np.int32),
         rows_P=np.array([0, 2, 1], dtype=np.int32),
     )
+
+
+# --- connections made anew ------------------------------------------------------------------------------
+
+
+def test_a_socket_that_takes_nothing_is_connected_anew_at_most_once_a_second() -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        now_s = [10.0]
+        calls: list[tuple[str, float]] = []
+        watched = Watched(socket, lambda what: calls.append((what, now_s[0])))
+        redial = Redial(clock=lambda: now_s[0])
+        for now_s[0] in (10.0, 10.5, 10.99, 11.01, 11.5):
+            redial.refused(watched, "tcp://127.0.0.1:1")  # type: ignore[arg-type]
+    assert calls == [("disconnect", 10.0), ("connect", 10.0), ("disconnect", 11.01), ("connect", 11.01)]
+
+
+class Watched:
+    """A socket that tells what is done with its connection."""
+
+    def __init__(self, socket: zmq.Socket, tell: Callable[[str], None]) -> None:
+        self._socket = socket
+        self._tell = tell
+
+    def connect(self, endpoint: str) -> None:
+        self._tell("connect")
+        self._socket.connect(endpoint)
+
+    def disconnect(self, endpoint: str) -> None:
+        self._tell("disconnect")
+        self._socket.disconnect(endpoint)
 
 
 # --- malformed frames -----------------------------------------------------------------------------------
