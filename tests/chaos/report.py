@@ -88,10 +88,14 @@ def summary(
     outcomes = Counter(one.outcome for one in asked)
     recoveries: dict[str, list[float]] = defaultdict(list)
     wholes: dict[str, list[float]] = defaultdict(list)
+    played = []
     for one in happenings:
-        recoveries[one.fault.kind].append(recovery_s(one, asked))
-        if one.whole_s is not None:
-            wholes[one.fault.kind].append(one.whole_s - one.begin_s)
+        waited_s = recovery_s(one, asked)
+        whole_s = None if one.whole_s is None else round(one.whole_s - one.begin_s, 3)
+        recoveries[one.fault.kind].append(waited_s)
+        if whole_s is not None:
+            wholes[one.fault.kind].append(whole_s)
+        played.append({"fault": str(one.fault).strip(), "recovery_s": round(waited_s, 3), "whole_again_s": whole_s})
     everything = [value for values in recoveries.values() for value in values]
     return {
         "faults": len(happenings),
@@ -113,6 +117,7 @@ def summary(
             for kind, values in sorted(recoveries.items())
         },
         "failures": list(failures),
+        "played": played,
     }
 
 
