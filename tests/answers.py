@@ -46,11 +46,13 @@ class Checker:
             self.wrong_tokens += 1
             return f"token {place} is {texts[place]!r}, which is none"
         tokens = [found[0] for found in candidates]
+        logits_TV = self._logits([*prompt, *tokens])[len(prompt) - 1 : -1]
         for place, found in enumerate(candidates):
             if len(found) > 1:  # a text that several tokens have (parts of a character): the best of them
-                logits_V = self._logits([*prompt, *tokens[:place]])[-1]
-                tokens[place] = max(found, key=lambda token: float(logits_V[token]))
-        logits_TV = self._logits([*prompt, *tokens])[len(prompt) - 1 : -1]
+                best = max(found, key=lambda token: float(logits_TV[place, token]))
+                if best != tokens[place]:
+                    tokens[place] = best
+                    logits_TV = self._logits([*prompt, *tokens])[len(prompt) - 1 : -1]
         behind_T = logits_TV.max(dim=-1).values - logits_TV[range(len(tokens)), tokens]
         wrong = int((behind_T > TIE).sum())
         self.ties += int((behind_T > 0).sum()) - wrong

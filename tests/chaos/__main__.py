@@ -58,6 +58,7 @@ def main() -> int:
     schedule, seed, seconds = chosen(options)
     with ChaosCluster(options.policy, seed) as cluster:
         run = asyncio.run(play(cluster, schedule, seconds=seconds, seed=seed))
+    print(f"{len(run.client.asked)} requests; checking their answers", *run.failures, sep="\n", flush=True)
     found: dict[str, Any] = {"policy": options.policy, "seed": seed, **judge(run)}
     print(table(found))
     if options.json is not None:

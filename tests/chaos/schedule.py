@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 TOGETHER = 0.15  # of all faults come with the one before
 TOGETHER_WITHIN_S = 0.3
+PATIENT = 0.4  # of what falls into the time of another waits for its end, so that it may be of any kind
 
 
 class Kind(StrEnum):
@@ -135,7 +136,7 @@ def draw(
                 continue
         at_s += gap_s * random.uniform(0.4, 1.6)
         free = [kind for kind in kinds if RULES[kind].takes == "nothing"]
-        if at_s >= taken_until_s or not free:
+        if at_s >= taken_until_s or not free or random.random() < PATIENT:
             at_s, free = max(at_s, taken_until_s), list(kinds)
         drawn.append(_one(random, free, at_s, devices))
         taken_until_s = max(taken_until_s, _back_s(drawn[-1]))

@@ -13,7 +13,7 @@ from tests.chaos.verdict import judge
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 
-POLICY, SEED, MINUTES, FAULTS = "on_demand", 7, 2.0, 24
+POLICY, SEED, MINUTES, FAULTS = "on_demand", 19, 2.0, 24
 
 
 def test_two_minutes_of_faults(tmp_path: Path) -> None:
