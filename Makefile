@@ -15,11 +15,13 @@ JOBS ?= $(shell nproc)
 NODES ?= 5
 RATE ?= 1gbit
 DELAY ?= 0.2ms
+MINUTES ?= 5
+SEED ?= 1
+POLICY ?= on_demand
 PROMPT ?= Elizabeth looked at Mr. Darcy and
 
-MINUTES ?= 5
-
-.PHONY: run test check bench soak fuzz audit testbed test-testbed follow-docs lint types imports unit test-browser manifests docs clean
+.PHONY: run test check bench soak chaos fuzz audit testbed test-testbed follow-docs lint types imports unit test-browser \
+	manifests docs clean
 
 # torch first and alone: with a CPU build installed, nothing later asks for the CUDA one
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -83,6 +85,10 @@ bench: $(VENV)/.dev
 # 500 requests of every kind over ten minutes against a real server; every good answer is checked, nothing may be left
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak
+
+# 200 faults in 20 minutes upon a real cluster; SEED and POLICY choose others, CHAOS takes further options
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos --seed $(SEED) --policy $(POLICY) --json out/chaos.json $(CHAOS)
 
 # the parsers of the data plane, guided by coverage (skipped where atheris has no wheel), and a million mutated messages
 fuzz: $(VENV)/.dev

@@ -31,6 +31,10 @@ def parse_layers(value: Any) -> Any:
 Layers = Annotated[int | tuple[int, ...], BeforeValidator(parse_layers)]
 
 
+Port = Annotated[int, within(1, 65535)]
+HostPort = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[1-9]\d{0,4}$")]
+
+
 class ModelConfig(StrictModel):
     """Which checkpoint is served, and in which precision."""
 
@@ -97,6 +101,16 @@ class DeviceConfig(StrictModel):
         description="Start without it where no alive node offers its labels and resources; it joins when one does. The "
         "other devices must hold all experts.",
     )
+    ports: tuple[Port, Port] | None = Field(
+        None,
+        description="Fixed ports of its data plane, for firewalls and containers: one for expert calls, one for "
+        "heartbeats and orders. Omitted: free ones.",
+    )
+    advertise: tuple[HostPort, HostPort] | None = Field(
+        None,
+        description='Where others reach these ports, each as "HOST:PORT", where that is not the bound address: '
+        "published ports of a container, address translation, a tunnel. Needs ports.",
+    )
 
     @property
     def has_slots(self) -> bool:
@@ -112,6 +126,14 @@ class DeviceConfig(StrictModel):
             )
         if self.kind != "cpu" and self.slot_memory is None:
             raise ValueError(f'device "{self.name}" of kind "{self.kind}" needs "slot_memory", for example "2GiB"')
+        return self
+
+    @model_validator(mode="after")
+    def _advertised_ports_are_fixed(self) -> "DeviceConfig":
+        if self.ports is not None and self.ports[0] == self.ports[1]:
+            raise ValueError(f'device "{self.name}": both ports are {self.ports[0]}; they must differ')
+        if self.advertise is not None and self.ports is None:
+            raise ValueError(f'device "{self.name}": "advertise" needs "ports", for free ports can\'t be known ahead')
         return self
 
 

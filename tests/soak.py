@@ -24,13 +24,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import httpx
 import psutil
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raymoe.config import EMBEDDED_MODEL
+from tests.answers import Answer, check_answers
 
-TIE = 1e-2  # how far below the best logit a token may be, chosen together with others
-MOST_TIES = 1e-4  # of all tokens
 SETTLE_S = 60.0  # for the engine to see the last clients go
 SAMPLE_S = 5.0
 FLAT = 1.05  # times: what memory may be at the end, of what it was after the first third
@@ -55,12 +51,12 @@ class Tally:
     """What was seen.
 
     Attributes:
-        answers: prompt, texts of the tokens, finish reason of every good answer.
+        answers: every good one.
         wrong: what should not have happened, in words.
         memory_bytes: of all of the server's processes, in the order of sampling.
     """
 
-    answers: list[tuple[list[int], list[str], str]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
@@ -103,7 +99,7 @@ class Soak:
         length = draw.choice((1, 5, 20, 80, 300))
         prompt = [draw.randrange(20, 4000) for _ in range(length)]
         if self.tally.answers and draw.random() < 0.3:
-            prompt = [*self.tally.answers[-1][0], *prompt][:900]
+            prompt = [*self.tally.answers[-1].prompt, *prompt][:900]
         body = {
             "model": self._model,
             "prompt": prompt,
@@ -176,7 +172,7 @@ class Soak:
         if reason != "length" or len(tokens) != body["max_tokens"]:
             self.tally.wrong.append(f"{len(tokens)} of {body['max_tokens']} tokens came, finish_reason {reason}")
         else:
-            self.tally.answers.append((body["prompt"], tokens, reason))
+            self.tally.answers.append(Answer(prompt=body["prompt"], texts=tokens))
 
     async def _sample_memory(self) -> None:
         while True:
@@ -229,54 +225,9 @@ def memory_growth(samples: list[int]) -> float:
     return statistics.median(samples[-third:]) / statistics.median(samples[third : 2 * third])
 
 
-class Checker:
-    """transformers' own model, teacher-forced on answers whose tokens are known by their texts."""
-
-    def __init__(self) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-        self._by_text: dict[str, list[int]] = {}
-        for token in range(self._model.config.vocab_size):
-            self._by_text.setdefault(tokenizer.decode([token]), []).append(token)
-        self.ties = self.tokens = 0
-
-    @torch.inference_mode()
-    def wrong(self, prompt: list[int], texts: list[str]) -> str | None:
-        """What is wrong with a greedy answer, in words; None where nothing is. Ties are counted."""
-        candidates = [self._by_text.get(text, []) for text in texts]
-        if not all(candidates):
-            place = next(place for place, found in enumerate(candidates) if not found)
-            return f"token {place} is {texts[place]!r}, which is none"
-        tokens = [found[0] for found in candidates]
-        for place, found in enumerate(candidates):
-            if len(found) > 1:  # a text that several tokens have (parts of a character): the best of them
-                logits_V = self._logits([*prompt, *tokens[:place]])[-1]
-                tokens[place] = max(found, key=lambda token: float(logits_V[token]))
-        logits_TV = self._logits([*prompt, *tokens])[len(prompt) - 1 : -1]
-        behind_T = logits_TV.max(dim=-1).values - logits_TV[range(len(tokens)), tokens]
-        self.ties += int((behind_T > 0).sum())
-        self.tokens += len(tokens)
-        worst = int(behind_T.argmax())
-        if float(behind_T[worst]) > TIE:
-            return f"token {worst} of {len(texts)} ({texts[worst]!r}) is {behind_T[worst]:.3g} below the best"
-        return None
-
-    def _logits(self, tokens: list[int]) -> torch.Tensor:
-        logits_TV: torch.Tensor = self._model(torch.tensor([tokens])).logits[0].float()
-        return logits_TV
-
-
 def check(tally: Tally) -> list[str]:
     """Everything that is wrong with what was seen."""
-    checker, found = Checker(), list(tally.wrong)
-    for prompt, texts, _ in tally.answers:
-        wrong = checker.wrong(prompt, texts)
-        if wrong is not None:
-            found.append(f"a prompt of {len(prompt)} tokens: {wrong}")
-    print(f"{len(tally.answers)} answers of {checker.tokens} tokens checked, ties: {checker.ties}")
-    if checker.ties > MOST_TIES * checker.tokens + 1:
-        found.append(f"{checker.ties} ties in {checker.tokens} tokens")
-    return found
+    return [*tally.wrong, *check_answers(tally.answers)]
 
 
 def main() -> int:

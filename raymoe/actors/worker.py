@@ -132,9 +132,16 @@ class WorkerShell:
 
         if self._server is None:
             try:
-                self._server = WorkerServer(self._worker, address, self._limits, set(clients))
+                self._server = WorkerServer(
+                    self._worker,
+                    address,
+                    self._limits,
+                    set(clients),
+                    ports=self._device.ports,
+                    advertise=self._device.advertise,
+                )
             except OSError as error:
-                raise ConfigError(f'device "{self._device.name}" can\'t bind {address}: {error}') from error
+                raise ConfigError(f'device "{self._device.name}" can\'t bind {error}') from error
         self._server.clients.keys.update(clients)
         return self._server.endpoint
 

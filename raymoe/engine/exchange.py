@@ -21,7 +21,7 @@ import torch
 from raymoe.engine.directory import Directory
 from raymoe.engine.holdings import Holdings
 from raymoe.engine.splitting import by_worker, part_of
-from raymoe.engine.suspects import Suspects
+from raymoe.engine.suspects import MUTE_S, Suspects
 from raymoe.engine.workers import LocalWorker, RemoteWorkers
 from raymoe.errors import ExpertLostError, ExpertUnavailableError
 from raymoe.experts.call import ExpertAnswer, ExpertCall
@@ -308,6 +308,7 @@ class Exchange:
                 asked.is_lost = True  # nobody else has them all: the same worker gets the call once more
             else:
                 asked.refused_by |= {asked.worker}
+                self._suspects.suspect(asked.name, is_sure=False, why="answers pings, but no call", mute_s=MUTE_S)
             self._hand_out_again(asked)
 
     def _hand_out_again(self, asked: Asked) -> None:

@@ -2,7 +2,8 @@
 
 A worker whose answer is late is asked whether it lives, on a socket that a thread of its own answers even while it
 computes. Without an answer in time, or when its connection closes, it is *suspect*: nobody waits for it, and it is
-asked again and again, until it answers. Nothing here waits.
+asked again and again, until it answers. One that answers pings but no calls, which were lost on their way or pass no
+more, is suspect for a while too. Nothing here waits.
 """
 
 import logging
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 PONG_S = 0.12  # a living process answers within milliseconds; a busy small machine takes some tens of them
 AGAIN_S = 0.1  # between pings of a suspect
 SURE_S = 0.3  # after a connection closed: a process that is gone does not answer; time for news of another owner
+MUTE_S = 1.0  # for which signs of life say nothing of a worker that leaves calls unanswered, until it is tried again
 UNSURE_S = 2.0  # of silence: a paused process or stalled link may come back, and giving up costs reading a prompt anew
 
 
@@ -37,6 +39,7 @@ class _Silence:
     since_s: float
     is_sure: bool
     pinged_s: float
+    mute_until_s: float
 
 
 class Suspects:
@@ -68,8 +71,8 @@ class Suspects:
             self._doubted_s[device] = self._clock()
             self._signs.probe(device)
 
-    def suspect(self, device: DeviceName, *, is_sure: bool, why: str) -> None:
-        """A worker is silent; with ``is_sure`` its connection is gone."""
+    def suspect(self, device: DeviceName, *, is_sure: bool, why: str, mute_s: float = 0.0) -> None:
+        """A worker is silent; with ``is_sure`` its connection is gone. For ``mute_s`` its pongs do not count."""
         now_s = self._clock()
         self._doubted_s.pop(device, None)
         silence = self._silent.get(device)
@@ -77,7 +80,7 @@ class Suspects:
             silence.is_sure |= is_sure
             return
         log.warning("%s %s: other owners are asked", device, why)
-        self._silent[device] = _Silence(now_s, is_sure, now_s - AGAIN_S)
+        self._silent[device] = _Silence(now_s, is_sure, now_s - AGAIN_S, now_s + mute_s)
         self.count += 1
         self._changed()
         self.on_suspect()
@@ -99,7 +102,8 @@ class Suspects:
             self.suspect(device, is_sure=True, why="has closed its connection")
         for device in answered - closed:
             self._doubted_s.pop(device, None)
-            if self._silent.pop(device, None) is not None:
+            if device in self._silent and now_s >= self._silent[device].mute_until_s:
+                del self._silent[device]
                 log.warning("%s answers again", device)
                 self._changed()
         for device, asked_s in list(self._doubted_s.items()):

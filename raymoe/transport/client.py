@@ -1,6 +1,5 @@
 """The engine's side of the data plane: calls to several workers and their answers as they come, and signs of life."""
 
-import contextlib
 import itertools
 import logging
 import time
@@ -25,7 +24,7 @@ from raymoe.transport.frames import (
     parse_header,
     parse_text,
 )
-from raymoe.transport.sockets import Endpoint, KeyPair, client_socket, unconnected_socket
+from raymoe.transport.sockets import Endpoint, KeyPair, Redial, client_socket, unconnected_socket
 from raymoe.types import DeviceName
 
 log = logging.getLogger(__name__)
@@ -84,6 +83,7 @@ class WorkerClient:
         self._signs = zmq.Poller()
         self._connections: dict[DeviceName, _Connection] = {}
         self._name_of: dict[zmq.Socket, DeviceName] = {}
+        self._redial = Redial()
         self.late_answers = 0
         self.malformed = 0
         self.connect(endpoints)
@@ -119,6 +119,7 @@ class WorkerClient:
             self._signs.unregister(socket)
         for socket in (connection.data, connection.control, connection.monitor):
             del self._name_of[socket]
+            self._redial.forget(socket)
         connection.close()
 
     # --- calls --------------------------------------------------------------------------------------------
@@ -132,6 +133,7 @@ class WorkerClient:
         try:
             connection.data.send_multipart(pack_call(request, call), flags=zmq.NOBLOCK, copy=True)
         except zmq.Again as error:
+            self._redial.refused(connection.data, connection.endpoint.data)
             raise ExpertUnavailableError(
                 f'worker "{device}" takes no calls: it refuses the connection or its queue is full'
             ) from error
@@ -220,8 +222,10 @@ class WorkerClient:
     def _tell(self, device: DeviceName, message: Message) -> None:
         connection = self._connections.get(device)
         if connection is not None:
-            with contextlib.suppress(zmq.Again):  # its queue is full
+            try:
                 connection.control.send_multipart(message, flags=zmq.NOBLOCK)
+            except zmq.Again:
+                self._redial.refused(connection.control, connection.endpoint.control)
 
     def close(self) -> None:
         """Close all connections; what is in flight is dropped."""

@@ -117,7 +117,14 @@ class SocketThread:
 
 
 class WorkerServer:
-    """Serves one worker on ``address``; ``endpoint`` tells clients where and with which key."""
+    """Serves one worker on ``address``; ``endpoint`` tells clients where and with which key.
+
+    Raises OSError where it can't be bound.
+
+    Args:
+        ports: for calls, and for heartbeats and orders; None: free ones.
+        advertise: where clients reach these, each as "HOST:PORT"; None: as bound.
+    """
 
     def __init__(
         self,
@@ -126,6 +133,9 @@ class WorkerServer:
         limits: Limits,
         clients: set[bytes],
         context: zmq.Context | None = None,
+        *,
+        ports: tuple[int, int] | None = None,
+        advertise: tuple[str, str] | None = None,
     ) -> None:
         self._worker = worker
         self._limits = limits
@@ -133,8 +143,16 @@ class WorkerServer:
         self.clients = AllowedClients(clients)
         self._door = Door(self._context, self.clients)
         keys = KeyPair.create()
-        data, data_endpoint = server_socket(self._context, address, keys, limits)
-        control, control_endpoint = server_socket(self._context, address, keys, limits)
+        data_port, control_port = ports or (None, None)
+        try:
+            data, data_endpoint = server_socket(self._context, address, keys, limits, data_port)
+            control, control_endpoint = server_socket(self._context, address, keys, limits, control_port)
+        except OSError:  # whoever tries again must find the first port free
+            self._door.close()
+            self._context.destroy(linger=0)
+            raise
+        if advertise is not None:
+            data_endpoint, control_endpoint = (f"tcp://{place}" for place in advertise)
         self.endpoint = Endpoint(data=data_endpoint, control=control_endpoint, public_key=keys.public)
         self._door.watch(data, control)
         self._threads = [

@@ -256,6 +256,28 @@ def test_which_devices_have_slots(fields: dict[str, Any], has_slots: bool) -> No
     assert DeviceConfig.model_validate(device(**fields)).has_slots == has_slots
 
 
+WRONG_PLACES = [
+    ({"advertise": ["nat:1", "nat:2"]}, 'device "edge-0": "advertise" needs "ports"'),
+    ({"ports": [7001, 7001]}, 'device "edge-0": both ports are 7001; they must differ'),
+    ({"ports": [0, 7001]}, "is 0; allowed is 1 to 65535"),
+    ({"ports": [7001]}, "devices.0.ports"),
+    ({"ports": [7001, 7002], "advertise": ["tcp://nat:1", "nat:2"]}, "devices.0.advertise"),
+    ({"ports": [7001, 7002], "advertise": ["nat", "nat:2"]}, "devices.0.advertise"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG_PLACES)
+def test_wrong_ports_are_refused(fields: dict[str, Any], message: str) -> None:
+    assert message in refused({"devices": [device(**fields)]})
+
+
+def test_fixed_ports_and_advertised_ones() -> None:
+    [found] = ClusterConfig.parse(
+        {"devices": [device(ports=[7001, 7002], advertise=["nat.example:17001", "[fe80::1]:17002"])]}
+    ).devices
+    assert (found.ports, found.advertise) == ((7001, 7002), ("nat.example:17001", "[fe80::1]:17002"))
+
+
 # --- what foretells routing -----------------------------------------------------------------------------
 
 CACHELESS = {"policy": "on_demand_shadow"}

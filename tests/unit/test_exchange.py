@@ -9,7 +9,7 @@ import torch
 
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.exchange import DOUBTS
-from raymoe.engine.suspects import PONG_S, SURE_S, UNSURE_S
+from raymoe.engine.suspects import MUTE_S, PONG_S, SURE_S, UNSURE_S
 from raymoe.errors import ExpertLostError, ExpertUnavailableError
 from raymoe.experts.call import ExpertAnswer, ExpertCall, LoadOrder
 from raymoe.placement.patience import FIRST_S
@@ -223,8 +223,29 @@ def test_a_lost_message_is_sent_to_another_owner_though_its_worker_lives() -> No
     before_s = wire.now_s
     ask(dispatcher)
     assert [name for name, _ in wire.sent] == [A, A, B]
-    assert dispatcher.suspects == ()
     assert wire.now_s - before_s < 0.1 * 2**DOUBTS + 0.1
+
+
+def test_a_worker_that_answers_pings_but_no_calls_is_left_alone_for_a_while() -> None:
+    wire = Wire()
+    dispatcher = made(wire, twice())
+    ask(dispatcher)
+    wire.workers[A].lost = 2
+    before_s = wire.now_s
+    ask(dispatcher)
+    for _ in range(8):  # what follows does not wait again
+        ask(dispatcher)
+        dispatcher.look()
+    assert dispatcher.suspects == (A,)
+    assert wire.now_s - before_s < 0.1 * 2**DOUBTS + 0.2
+    for _ in range(4):
+        wire.now_s += MUTE_S / 2
+        dispatcher.look()
+    assert dispatcher.suspects == ()
+    wire.workers[A].lost = 0
+    wire.sent.clear()
+    ask(dispatcher)
+    assert [name for name, _ in wire.sent] == [A]
 
 
 def test_a_lost_message_goes_to_its_worker_again_where_it_is_the_only_owner() -> None:

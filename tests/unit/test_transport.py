@@ -48,10 +48,11 @@ from raymoe.transport.frames import (
 )
 from raymoe.transport.placement import OnForecast, OrderDesk, PlacementClient, PlacementServer
 from raymoe.transport.server import WorkerServer
-from raymoe.transport.sockets import Endpoint, KeyPair, client_socket, server_socket
+from raymoe.transport.sockets import Endpoint, KeyPair, Redial, client_socket, server_socket
 from raymoe.types import DeviceName, ExpertKey, StepId
 from tests.asking import gather
 from tests.frames import DAMAGED, wire
+from tests.free_ports import free_ports
 
 LIMITS = Limits(layers=8, rows=64, pairs=256, hidden=64, experts=32, changes=64, body_bytes=1 << 16)
 EDGE, OTHER = DeviceName("edge"), DeviceName("other")
@@ -223,6 +224,36 @@ def some_call(hidden: torch.Tensor | None = None, layer: int = 0) -> ExpertCall:
         experts_P=np.array([1, 1, 2], dtype=np.int32),
         rows_P=np.array([0, 2, 1], dtype=np.int32),
     )
+
+
+# --- connections made anew ------------------------------------------------------------------------------
+
+
+def test_a_socket_that_takes_nothing_is_connected_anew_at_most_once_a_second() -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        now_s = [10.0]
+        calls: list[tuple[str, float]] = []
+        watched = Watched(socket, lambda what: calls.append((what, now_s[0])))
+        redial = Redial(clock=lambda: now_s[0])
+        for now_s[0] in (10.0, 10.5, 10.99, 11.01, 11.5):
+            redial.refused(watched, "tcp://127.0.0.1:1")  # type: ignore[arg-type]
+    assert calls == [("disconnect", 10.0), ("connect", 10.0), ("disconnect", 11.01), ("connect", 11.01)]
+
+
+class Watched:
+    """A socket that tells what is done with its connection."""
+
+    def __init__(self, socket: zmq.Socket, tell: Callable[[str], None]) -> None:
+        self._socket = socket
+        self._tell = tell
+
+    def connect(self, endpoint: str) -> None:
+        self._tell("connect")
+        self._socket.connect(endpoint)
+
+    def disconnect(self, endpoint: str) -> None:
+        self._tell("disconnect")
+        self._socket.disconnect(endpoint)
 
 
 # --- malformed frames -----------------------------------------------------------------------------------
@@ -759,6 +790,40 @@ def test_a_worker_that_answers_nonsense_has_not_answered(reply: list[bytes]) -> 
 def test_servers_bind_the_named_address_only(wired: Wired) -> None:
     assert wired.endpoint.data.startswith("tcp://127.0.0.1:")
     assert wired.endpoint.control.startswith("tcp://127.0.0.1:")
+
+
+@contextmanager
+def fixed_server(keys: KeyPair, ports: tuple[int, int], **options: Any) -> Iterator[WorkerServer]:
+    worker = FakeWorker(name=EDGE)
+    server = WorkerServer(worker, "127.0.0.1", LIMITS, {keys.public}, ports=ports, **options)  # type: ignore[arg-type]
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def test_fixed_ports_are_bound_and_others_may_be_advertised() -> None:
+    keys, (calls, orders) = KeyPair.create(), free_ports(2)
+    advertised = (f"localhost:{calls}", f"localhost:{orders}")
+    with fixed_server(keys, (calls, orders), advertise=advertised) as server:
+        assert (server.endpoint.data, server.endpoint.control) == tuple(f"tcp://{place}" for place in advertised)
+        with closing_client({EDGE: server.endpoint}, keys) as client:
+            assert client.ping(EDGE, TIMEOUT_S) is not None
+            ask(client)
+    with fixed_server(keys, (calls, orders)) as again:  # the ports of a server that has ended are free for the next
+        assert again.endpoint.data == f"tcp://127.0.0.1:{calls}"
+
+
+def test_a_taken_port_is_named_and_the_other_is_given_back() -> None:
+    keys, (first, second, third) = KeyPair.create(), free_ports(3)
+    with fixed_server(keys, (first, second)):
+        with (
+            pytest.raises(OSError, match=rf"127\.0\.0\.1, port {second}: .*in use"),
+            fixed_server(keys, (third, second)),
+        ):
+            pass
+        with fixed_server(keys, (third, free_ports(1)[0])) as server:
+            assert server.endpoint.data == f"tcp://127.0.0.1:{third}"
 
 
 def test_closed_servers_answer_no_more(wired: Wired) -> None:
