@@ -22,6 +22,7 @@ from raymoe.transport.frames import Header, Kind, Limits, pack_answer, pack_call
 from raymoe.transport.server import WorkerServer
 from raymoe.transport.sockets import Endpoint, KeyPair, client_socket, server_socket
 from raymoe.types import DeviceName
+from tests.asking import gather
 from tests.frames import wire
 from tests.taps import Tap
 from tests.waiting import until
@@ -100,7 +101,7 @@ def some_call() -> ExpertCall:
 
 def ask(client: WorkerClient) -> ExpertAnswer:
     request = client.send(EDGE, some_call())
-    return client.gather({request: EDGE}, TIMEOUT_S)[request]
+    return gather(client, {request: EDGE}, TIMEOUT_S)[request]
 
 
 def connected(endpoint: str) -> socket.socket:
