@@ -13,9 +13,9 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -33,7 +33,7 @@ PROMPT = tuple(range(200, 216))
 LAYERS, TOP_K, HIDDEN = 8, 4, 256  # of the embedded model
 DECODE = Call(rows=1, pairs=TOP_K, hidden=HIDDEN)
 PREFILL = Call(rows=len(PROMPT), pairs=TOP_K * len(PROMPT), hidden=HIDDEN)
-HOPS = 300  # round trips of which the median is taken
+HOPS = 100  # in a round: round trips of which the median is taken
 IDLE_S = 5.0
 CUT_AFTER = 0.3  # of the tokens of an answer
 UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -96,7 +96,7 @@ def quantity(text: str, units: dict[str, float]) -> float:
 
 
 def measure(nodes: int, link: Link, tokens: int, rounds: int) -> Found:
-    """Loopback, hosts, loopback again: a machine whose speed drifts then favours neither."""
+    """Both clusters run at once and decode in turn, for a machine drifts: what counts is a round's difference."""
     names = [f"box-{index}" for index in range(nodes)]
     workers = names[1:]
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval()
@@ -107,21 +107,23 @@ def measure(nodes: int, link: Link, tokens: int, rounds: int) -> Found:
         "replication": min(2, len(workers)),
         "trunk": {"prefix_memory": 0},
     }
-    with testbed([*names, "solo"], link) as network:
-        solo, hosts = network["solo"], [network[name] for name in names]
-        loopback_s = on_loopback(solo, config, workers, tokens, rounds)
-        gap_s = statistics.median(loopback_s) / LAYERS / 2  # a layer's computing in the engine, about
-        hops = [hop_pair(network, gap_s)]
-        with cluster(network, hosts) as running, driver(running.command(command(config))) as engine:
-            warm_up(engine, right)
-            answers = traffic(engine, hosts[1:], tokens, rounds)
-            pause_s = cut_off(engine, network[workers[-1]], right) if len(workers) > 1 else float("nan")
-        hops.append(hop_pair(network, gap_s))
-        loopback_s += on_loopback(solo, config, workers, tokens, rounds)
-        if any(answer.decoded.tokens != right for answer in answers):
-            raise RuntimeError("the tokens are not transformers'")
+    with testbed([*names, "solo"], link) as network, ExitStack() as running:
+        hosts = [network[name] for name in names]
+        ray = running.enter_context(cluster(network, hosts))
+        engine = running.enter_context(driver(ray.command(command(config))))
+        alone = running.enter_context(driver(network["solo"].command(command(config, "--nodes", *workers))))
+        for each in (alone, engine):
+            checked(each.decode(PROMPT, tokens), right)
+        idle = idle_rates(hosts[1:])
+        loopback, answers, hops = [], [], []
+        for _ in range(rounds):
+            loopback.append(checked(alone.decode(PROMPT, tokens), right))
+            answers.append(traffic(engine, hosts[1:], tokens, idle))
+            checked(answers[-1].decoded, right)
+            hops.append(hop_pair(network, loopback[-1].tpot_s / LAYERS / 2))  # half of a layer is the engine's, about
+        pause_s = cut_off(engine, network[workers[-1]], right) if len(workers) > 1 else float("nan")
         return Found(
-            loopback_s=loopback_s,
+            loopback_s=[decoded.tpot_s for decoded in loopback],
             hosts_s=[answer.decoded.tpot_s for answer in answers],
             hop_loopback_s=[pair[0] for pair in hops],
             hop_hosts_s=[pair[1] for pair in hops],
@@ -134,11 +136,11 @@ def measure(nodes: int, link: Link, tokens: int, rounds: int) -> Found:
         )
 
 
-def on_loopback(solo: Host, config: dict[str, Any], workers: Sequence[str], tokens: int, rounds: int) -> list[float]:
-    """Time per token of the same processes, all on one host."""
-    with driver(solo.command(command(config, "--nodes", *workers))) as engine:
-        engine.decode(PROMPT, tokens)
-        return [engine.decode(PROMPT, tokens).tpot_s for _ in range(rounds)]
+def checked(decoded: Decoded, right: tuple[int, ...]) -> Decoded:
+    """An answer whose tokens are transformers'. Raises RuntimeError where they are not."""
+    if decoded.tokens != right:
+        raise RuntimeError("the tokens are not transformers'")
+    return decoded
 
 
 def hop_pair(network: Network, gap_s: float) -> tuple[float, float]:
@@ -150,28 +152,21 @@ def hop_pair(network: Network, gap_s: float) -> tuple[float, float]:
     )
 
 
-def warm_up(engine: Driver, right: tuple[int, ...]) -> None:
-    """A first answer, which must be right."""
-    if engine.decode(PROMPT, len(right)).tokens != right:
-        raise RuntimeError("the tokens are not transformers'")
-
-
-def traffic(engine: Driver, hosts: Sequence[Host], tokens: int, rounds: int) -> list[Traffic]:
-    """Answers, and what each moved over the workers' cables."""
+def idle_rates(hosts: Sequence[Host]) -> dict[str, tuple[float, float]]:
+    """Bytes per second that move over each cable while nobody asks: heartbeats, and what Ray tells itself."""
     before, start_s = [host.counters() for host in hosts], time.monotonic()
     time.sleep(IDLE_S)
-    idle = moved(hosts, before, time.monotonic() - start_s)
-    found = []
-    for _ in range(rounds):
-        before, start_s = [host.counters() for host in hosts], time.monotonic()
-        decoded = engine.decode(PROMPT, tokens)
-        took_s = time.monotonic() - start_s
-        busy = moved(hosts, before, 1.0)
-        of_answer = {
-            name: (busy[name][0] - idle[name][0] * took_s, busy[name][1] - idle[name][1] * took_s) for name in busy
-        }
-        found.append(Traffic(decoded=decoded, bytes=of_answer))
-    return found
+    return moved(hosts, before, time.monotonic() - start_s)
+
+
+def traffic(engine: Driver, hosts: Sequence[Host], tokens: int, idle: dict[str, tuple[float, float]]) -> Traffic:
+    """An answer, and what it moved over the workers' cables."""
+    before, start_s = [host.counters() for host in hosts], time.monotonic()
+    decoded = engine.decode(PROMPT, tokens)
+    took_s = time.monotonic() - start_s
+    busy = moved(hosts, before, 1.0)
+    own = {name: (busy[name][0] - idle[name][0] * took_s, busy[name][1] - idle[name][1] * took_s) for name in busy}
+    return Traffic(decoded=decoded, bytes=own)
 
 
 def moved(hosts: Sequence[Host], before: Sequence[tuple[int, int]], seconds: float) -> dict[str, tuple[float, float]]:
@@ -204,9 +199,7 @@ def cut_off(engine: Driver, host: Host, right: tuple[int, ...]) -> float:
         decoded = engine.decoded()
     finally:
         host.mend()
-    if decoded.tokens != right:
-        raise RuntimeError("the tokens of the answer in which a host was cut off are not transformers'")
-    return decoded.longest_pause_s
+    return checked(decoded, right).longest_pause_s
 
 
 # --- figures ------------------------------------------------------------------------------------------------
@@ -214,17 +207,24 @@ def cut_off(engine: Driver, host: Host, right: tuple[int, ...]) -> float:
 
 def figures(found: Found, cable: Cable) -> list[Figure]:
     """What the page shows. The model of the difference is fitted to nothing."""
-    loopback_s = statistics.median(found.loopback_s)
-    added = [value - loopback_s for value in found.hosts_s]
-    hop_s = statistics.median(found.hop_hosts_s) - statistics.median(found.hop_loopback_s)
-    model_s = found.calls_per_token * hop_s
+    added = [apart - alone for apart, alone in zip(found.hosts_s, found.loopback_s, strict=True)]
+    models = [
+        found.calls_per_token * (apart - alone)
+        for apart, alone in zip(found.hop_hosts_s, found.hop_loopback_s, strict=True)
+    ]
+    added_s, model_s = statistics.median(added), statistics.median(models)
     ordered_s = found.calls_per_token * cable.call_s(DECODE)
     return [
         figure("loopback_tpot_ms", [1e3 * value for value in found.loopback_s], "ms", "all processes on one host"),
         figure("hosts_tpot_ms", [1e3 * value for value in found.hosts_s], "ms", "EMULATED network"),
-        figure("added_ms", [1e3 * value for value in added], "ms", "hosts - loopback, per token"),
-        figure("model_ms", [1e3 * model_s], "ms", "messages x what one of that size takes longer between hosts"),
-        figure("added_over_model", [value / model_s for value in added], "", "1: the model explains it all"),
+        figure("added_ms", [1e3 * value for value in added], "ms", "hosts - loopback, per token, round by round"),
+        figure(
+            "model_ms",
+            [1e3 * value for value in models],
+            "ms",
+            "messages x what one of that size takes longer between hosts",
+        ),
+        figure("added_over_model", [added_s / model_s], "", "of the medians; 1: the model explains it all"),
         figure("ordered_ms", [1e3 * ordered_s], "ms", "messages x (delay + bytes / rate), as was ordered"),
         figure("calls_per_token", [found.calls_per_token], "", "expert calls, each with an answer"),
         figure("bytes_over_arithmetic", found.byte_ratios, "", "each cable, each direction, each round"),

@@ -30,16 +30,6 @@ class Cluster:
         join = f'. ~/.raymoe/{NAME}/env && cd {REPOSITORY} && exec "$@"'
         return self.head.command(["sh", "-c", join, "sh", *argv])
 
-    def raymoe(self, *argv: str) -> str:
-        """Run ``raymoe`` on the head, joined to the cluster; what it said."""
-        command = self.command([RAYMOE, *argv])
-        return subprocess.run(command, text=True, capture_output=True, check=True, timeout=UP_TIMEOUT_S).stdout
-
-    def devices(self) -> dict[str, Any]:
-        """What ``raymoe status`` says of every device."""
-        found: dict[str, Any] = json.loads(self.raymoe("status", "--json"))["devices"]
-        return found
-
     def add(self, hosts: Sequence[Host]) -> None:
         """``raymoe up`` again, with further hosts in its file."""
         on_head(self.head, "up", str(write_hosts(hosts)))

@@ -1,5 +1,6 @@
 """The whole path over several hosts: client, ingress and engine, workers, each behind a cable of its own."""
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,11 +45,15 @@ class Served:
     def begin(self, tokens: int) -> Client:
         return Client(self.network["client"], self.url, PROMPT, tokens)
 
+    def devices(self) -> dict[str, dict]:
+        found = self.network["client"].run("curl", "--silent", "--fail", f"{self.url}/v1/stats").stdout
+        return json.loads(found)["devices"]
+
     def owned(self) -> dict[str, int]:
-        return {name: device["owned"] for name, device in self.cluster.devices().items()}
+        return {name: device["owned"] for name, device in self.devices().items()}
 
     def states(self) -> dict[str, str]:
-        return {name: device["state"] for name, device in self.cluster.devices().items()}
+        return {name: device["state"] for name, device in self.devices().items()}
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +95,13 @@ def test_bytes_of_each_cable_are_those_of_the_arithmetic(served: Served) -> None
         tuple((b - a) / quiet_s for a, b in zip(x, host.counters(), strict=True))
         for x, host in zip(before, hosts, strict=True)
     ]
-    calls, start_s = served.cluster.devices(), time.monotonic()
+    calls, start_s = served.devices(), time.monotonic()
     before = [host.counters() for host in hosts]
     served.ask(tokens)
     after, took_s = [host.counters() for host in hosts], time.monotonic() - start_s
     prompt_tokens = len(AutoTokenizer.from_pretrained(EMBEDDED_MODEL)(PROMPT)["input_ids"])
     decode, prompt = Call(rows=1, pairs=4, hidden=256), Call(rows=prompt_tokens, pairs=4 * prompt_tokens, hidden=256)
-    later = served.cluster.devices()
+    later = served.devices()
     for index, (host, name) in enumerate(zip(hosts, BEFORE, strict=True)):
         layers = (later[name]["calls"] - calls[name]["calls"]) / tokens
         assert layers == int(layers) and 0 < layers < LAYERS, "a layer is one worker's"
@@ -127,11 +132,11 @@ def test_a_host_that_is_added_gets_a_shard_and_work(served: Served, reference: s
     assert served.owned()[LATER] == 0
     served.cluster.add([served.network[name] for name in ("box-0", *BEFORE, LATER)])
     until(lambda: served.states()[LATER] == "healthy" and served.owned()[LATER] > EXPERTS // 4, "its shard")
-    calls = served.cluster.devices()[LATER]["calls"]
+    calls = served.devices()[LATER]["calls"]
 
     def is_at_work() -> bool:
         assert reference.startswith(served.ask(20).text)
-        return served.cluster.devices()[LATER]["calls"] > calls
+        return served.devices()[LATER]["calls"] > calls
 
     until(is_at_work, "its share of the work")
     assert served.states()[LATER] == "healthy"
