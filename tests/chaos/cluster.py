@@ -90,6 +90,7 @@ class ChaosCluster:
             stack.callback(self._cluster.shutdown)
             for name in DEVICES:
                 self.add_node(name)
+            self._cluster._shutdown_at_exit = False  # hooks of later nodes: signals, which only the main thread may set
             ray.init(address=self._cluster.address, log_to_driver=False)
             stack.callback(ray.shutdown)
             serve.start(http_options={"host": "127.0.0.1", "port": self._http_port})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import psutil
 from ray.exceptions import RayError
 
 from tests.chaos.client import Client
@@ -29,7 +30,6 @@ class Run:
 
     Attributes:
         failures: what should not have happened, in words.
-        left: what was left at the end, as far as it was looked at.
     """
 
     client: Client
@@ -105,9 +105,10 @@ class Player:
                 self._kill(*processes)
             case Kind.PAUSE_WORKER:
                 process = await asyncio.to_thread(cluster.worker, fault.targets[0])
-                process.suspend()
-                await asyncio.sleep(fault.lasts_s)
-                process.resume()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has died meanwhile
+                    process.suspend()
+                    await asyncio.sleep(fault.lasts_s)
+                    process.resume()
             case Kind.KILL_NODE:
                 self._killed.add((await asyncio.to_thread(cluster.worker, fault.targets[0])).pid)
                 await asyncio.to_thread(cluster.kill_node, fault.targets[0])
