@@ -388,8 +388,9 @@ def find_or_create_placement(config: ClusterConfig, app: str, checkpoint: Checkp
         max_restarts=-1,
         num_cpus=0,
         max_concurrency=8,
-        # beside the engine: a node that is lost must not take both the device on it and whoever repairs that
-        scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
+        # on the engine's node: one that is lost must not take both the device on it and whoever repairs that. Not soft,
+        # which Ray does not keep to where no CPU is asked for; where the node is gone, a new engine makes a new actor
+        scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
     ).remote(app, wanted, checkpoint.sizes(), limits)
 
 

@@ -85,8 +85,9 @@ def driver(command: Sequence[str]) -> Iterator[Driver]:
         started = Driver(process)
         started.answer()
         yield started
-        started.tell(do="end")
-        process.wait(60)
+        if process.poll() is None:
+            started.tell(do="end")
+            process.wait(60)
     finally:
         if process.poll() is None:
             process.kill()

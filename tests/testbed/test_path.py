@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +76,19 @@ def reference() -> str:
 def test_a_client_elsewhere_gets_transformers_own_tokens(served: Served, reference: str) -> None:
     answer = served.ask(60)
     assert answer.errors == () and reference.startswith(answer.text) and len(answer.text) > 60
+
+
+def test_what_repairs_lives_with_the_engine(served: Served) -> None:
+    def lives_on(kind: str) -> list[str]:
+        hosts = [served.network[name] for name in ("box-0", *BEFORE)]
+        pids = {host.name: run("ip", "netns", "pids", host.namespace).split() for host in hosts}
+        return [name for name, all_of in pids.items() for pid in all_of if kind in title(pid)]
+
+    def title(pid: str) -> str:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+
+    assert lives_on("ray::PlacementShell") == ["box-0"]
+    assert lives_on("ray::ServeReplica:raymoe:engine") == lives_on("ray::ServeReplica:raymoe:ingress") == ["box-0"]
 
 
 def test_the_data_plane_listens_at_the_hosts_addresses_alone(served: Served) -> None:
