@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tests.chaos.client import Asked
-from tests.chaos.schedule import ANSWERS_MAY_FAIL, Fault
+from tests.chaos.schedule import ANSWERS_MAY_FAIL, FLOODS, Fault
 
 AFTERWARDS_S = 1.0  # what comes within this time after the end of a fault that is whole at once is still its effect
 
@@ -31,8 +31,9 @@ class Happened:
 
     @property
     def until_s(self) -> float:
-        """Until when what users see is put down to it."""
-        return max(self.end_s + AFTERWARDS_S, self.whole_s or 0.0)
+        """Until when what users see is put down to it. What only floods leaves nothing to come back."""
+        afterwards_s = self.end_s + AFTERWARDS_S
+        return afterwards_s if self.fault.kind in FLOODS else max(afterwards_s, self.whole_s or 0.0)
 
 
 def recovery_s(happened: Happened, asked: Sequence[Asked]) -> float:

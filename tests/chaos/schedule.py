@@ -78,6 +78,7 @@ RULES: dict[Kind, Rule] = {
     Kind.KILL_ENGINE: Rule(weight=1.2, takes="everything", back_s=40.0),
 }
 ACTORS = (Kind.KILL_PLACEMENT, Kind.KILL_SHADOW, Kind.KILL_ENGINE)  # what they hit is no device
+FLOODS = (Kind.FLOOD_ADMITTED, Kind.FLOOD_STRANGER)
 ANSWERS_MAY_FAIL = (Kind.KILL_OWNERS, Kind.KILL_ENGINE)
 
 

@@ -125,6 +125,7 @@ def test_waits_count_until_everything_is_there_again() -> None:
     steady = asked(0, (*(0.1 * step for step in range(60)), 8.0))
     assert recovery_s(happened(1.1, 1.1), [steady]) == pytest.approx(0.1)
     assert recovery_s(happened(1.1, 1.1, whole_s=6.0), [steady]) == pytest.approx(2.1)
+    assert recovery_s(happened(1.1, 1.1, Kind.FLOOD_STRANGER, whole_s=6.0), [steady]) == pytest.approx(0.1)
 
 
 def test_errors_need_a_fault_that_may_cost_answers() -> None:
