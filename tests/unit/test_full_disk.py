@@ -16,7 +16,7 @@ import pytest
 from raymoe.checkpoint.synth import write_synthetic
 from raymoe.engine.profile import write_tensors
 from raymoe.errors import ConfigError
-from raymoe.kernels import native
+from raymoe.kernels import building, native
 from raymoe.observe.trace import MAIN, Recording, Span
 from raymoe.serve.key_source import add_key, read_keys
 from raymoe.simulation.synthetic import synthetic
@@ -137,12 +137,12 @@ def test_kernels_that_can_not_be_stored_are_done_without(
     disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(disk))
-    native._library.cache_clear()
+    building.native_library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert native.load_native(1) is None
     finally:
-        native._library.cache_clear()
+        building.native_library.cache_clear()
         for directory in disk.iterdir():
             directory.rmdir()
     assert "did not build" in caplog.text and "decoding goes through torch" in caplog.text
