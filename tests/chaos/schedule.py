@@ -133,6 +133,7 @@ def draw(
             beside = _beside(random, drawn[-1], at_s + random.uniform(0.0, TOGETHER_WITHIN_S), devices, kinds)
             if beside is not None:
                 drawn.append(beside)
+                at_s = beside.at_s
                 taken_until_s = max(taken_until_s, _back_s(beside))
                 continue
         at_s += gap_s * random.uniform(0.4, 1.6)

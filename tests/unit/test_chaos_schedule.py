@@ -35,6 +35,12 @@ def test_the_default_run_has_every_kind_and_takes_about_its_time() -> None:
     assert 10 <= sum(fault.together for fault in faults) <= 50
 
 
+def test_times_rise_where_faults_are_closer_than_what_comes_together() -> None:
+    for seed in range(50):
+        times_s = [fault.at_s for fault in draw(seed=seed, minutes=0.1, faults=60, devices=DEVICES)]
+        assert times_s == sorted(times_s)
+
+
 @given(schedules)
 def test_times_rise_and_every_fault_has_what_its_kind_needs(faults: tuple[Fault, ...]) -> None:
     assert [fault.at_s for fault in faults] == sorted(fault.at_s for fault in faults)
