@@ -147,6 +147,12 @@ class Crew:
         self.check_weights(name)
         return self.handles[name].own.remote(keys, load_all, self._digests.of(keys))
 
+    def look(self, names: Iterable[DeviceName]) -> None:
+        """Ask these workers what they hold now, slots too; another process of one is the repairs' business."""
+        for name, info in self.ask("describe", names=names).items():
+            if info.incarnation == self.infos[name].incarnation:
+                self.infos[name] = info
+
     def check_weights(self, *names: DeviceName) -> None:
         """Raise CheckpointError where one of these workers, or of all, has other weights open than the engine."""
         if self.weights is None:

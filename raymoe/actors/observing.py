@@ -72,7 +72,7 @@ class Observer:
     def _values(self) -> metrics.Values:
         """Of the engine and of the devices in its process."""
         values = metrics.of_engine(self._engine_stats())
-        values += metrics.of_faults(self._service.report().faults)
+        values += metrics.of_faults(self._service.report().faults, (device.name for device in self._config.devices))
         values += metrics.of_substituted({str(name): count for name, count in self._service.substituted.items()})
         for device in self._config.devices:
             worker = self._local.get(DeviceName(device.name))

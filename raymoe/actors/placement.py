@@ -224,6 +224,7 @@ class PlacementShell:
                 self._members.settle(name, share[name])
         self._repairs.start()
         self._wait_until(self._is_settled, REPAIR_WAIT_S)
+        self._crew.look(self._members.serving())
 
     def rejoin(self, holder: str, client_key: bytes, ownership: Ownership, scheduling: dict[str, Any]) -> "Endpoint":
         """An engine that started this cluster found this actor restarted: take from it what it knows.

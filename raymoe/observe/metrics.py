@@ -4,7 +4,7 @@ Names here are without the prefix ``ray_`` that Ray's exporter adds, and without
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -211,10 +211,11 @@ def of_substituted(pairs: Mapping[str, int]) -> Values:
     return [(metric, {DEVICE: device}, float(count)) for device, count in pairs.items()]
 
 
-def of_faults(faults: Sequence[ExpertFault]) -> Values:
+def of_faults(faults: Sequence[ExpertFault], devices: Iterable[str]) -> Values:
     """By device, the requests that its experts have failed."""
+    found = requests_by_device(faults)
     metric = next(metric for metric in SEEN_DEVICES if metric.field == "bad_outputs")
-    return [(metric, {DEVICE: device}, float(count)) for device, count in requests_by_device(faults).items()]
+    return [(metric, {DEVICE: device}, float(found[device])) for device in devices]
 
 
 def requests_by_device(faults: Sequence[ExpertFault]) -> Counter[str]:

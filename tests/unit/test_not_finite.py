@@ -132,7 +132,7 @@ def test_a_second_request_is_counted_too(scene: tuple[Path, int, list[int], list
             with pytest.raises(ExpertOutputError):
                 service.generate(hit, max_tokens=TOKENS, temperature=1.0, seed=3, ignore_eos=True, top_k=1)
         assert [fault.requests for fault in service.report().faults] == [2]
-        (value,) = metrics.of_faults(service.report().faults)
+        (value,) = metrics.of_faults(service.report().faults, ["cpu-0"])
         assert value[1:] == ({"device": "cpu-0"}, 2.0)
 
 
