@@ -46,7 +46,7 @@ from raymoe.placement.ownership import (
 )
 from raymoe.placement.repair import Target
 from raymoe.placement.state import ClusterState, Holders
-from raymoe.types import DeviceName, LayerSize
+from raymoe.types import DeviceName, ExpertKey, LayerSize
 
 if TYPE_CHECKING:
     from raymoe.actors.worker import WorkerInfo
@@ -91,6 +91,7 @@ class PlacementShell:
         self._shadow = ShadowKeeper(app, self._config, limits) if self._config.predictor_kind == "shadow" else None
         self._overview = Overview(app, self._config, self._crew, self._members, self._repairs, self._shadow)
         self._shadow_version = 0  # of the ownership that the shadow was told
+        self._missing: tuple[int, frozenset[ExpertKey]] = -1, frozenset()  # a version, and what it lists nowhere
         self._first_target: Target | None = None
         self._life = Life(actor=ray.get_runtime_context().get_actor_id() or "", start=uuid.uuid4().hex)
         self._start_lock = threading.Lock()
@@ -334,8 +335,10 @@ class PlacementShell:
         """Whether nothing is known in a moment that is not known now: a suspect's fate, experts being read again."""
         target = self._repairs.target
         with self._members.lock:
-            missing = set(self._members.roster.missing(every_expert(self._sizes)))
-            return not self._members.roster.has_suspects and missing <= set(target.lost if target is not None else ())
+            roster = self._members.roster
+            if self._missing[0] != roster.version:
+                self._missing = roster.version, frozenset(roster.missing(every_expert(self._sizes)))
+            return not roster.has_suspects and self._missing[1] <= set(target.lost if target is not None else ())
 
     def progress(self) -> tuple[int, int]:
         """(experts in host memory, experts to be there) over all workers, while ``start`` runs."""

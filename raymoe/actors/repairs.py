@@ -77,6 +77,7 @@ class Repairs:
         self._pinned = frozenset(members.roster.health) - frozenset(self._devices)
         self._planned_for: tuple[Any, ...] | None = None
         self._reading = False
+        self._at_rest: tuple[Any, ...] | None = None  # in which there was nothing to mend
         self._busy: dict[DeviceName, threading.Thread] = {}
         self._asked: dict[DeviceName, tuple[Any, float]] = {}
         self._not_before_s: dict[DeviceName, float] = {}
@@ -142,12 +143,17 @@ class Repairs:
         for name, device in self._devices.items():
             if name not in self._busy and not self._stop.is_set():
                 self._look_for(name, device)
+        self._publish()
+        self._mend()
+        self._give_up()
+
+    def _publish(self) -> bool:
+        """Tell of a new version, if there is one."""
         with self._members.lock:
             is_new = self._members.roster.publish()
         if is_new:
             self._on_version()
-        self._mend()
-        self._give_up()
+        return is_new
 
     # --- processes --------------------------------------------------------------------------------------
 
@@ -190,10 +196,11 @@ class Repairs:
         try:
             info: Any = ray.get(reference)
         except ActorDiedError as error:  # Ray does not start it again: another one is made
+            reason = f"its process is gone: {last_line(error)}"
             self._crew.handles.pop(name, None)
-            self._died(name, health.incarnation, f"its process is gone: {last_line(error)}", now_s)
+            self._died(name, health.incarnation, reason, now_s)
             with self._members.lock:
-                health.missing(f"its process is gone: {last_line(error)}", now_s)
+                health.missing(reason, now_s)
             self._not_before_s[name] = now_s + RETRY_S
             return
         except RayError:  # it is on its way
@@ -235,6 +242,9 @@ class Repairs:
             return
         with self._members.lock:
             roster = self._members.roster
+            now = situation, roster.state
+            if self._at_rest == now:
+                return
             capacities = [Capacity(device=name, host_bytes=self._limit(name)) for name in roster.serving]
             held = {name: roster.held(name) for name in roster.serving}
             moves = moves_towards(self._sizes, capacities, held, self.target.ownership)
@@ -244,19 +254,15 @@ class Repairs:
             for name, keys in moves.drop.items():
                 if name not in self._pinned:
                     roster.withdraw(name, keys)
-            if roster.publish():
-                self._members.changed.set()
-                told = True
-            else:
-                told = False
-        if told:
-            self._on_version()
+        if self._publish():
+            self._members.changed.set()
         now_s = self._members.clock()
         for name, keys in moves.load.items():
             if name not in self._busy and name not in self._pinned and now_s >= self._not_before_s.get(name, 0.0):
                 self._work(name, self._read, self._piece(keys))
         was_reading, self._reading = self._reading, bool(moves.load)
         self.done += was_reading and not self._reading
+        self._at_rest = None if moves or self._busy else now
 
     def _take(self, target: Target) -> None:
         self.target, self.most = target, max(self.most, target.replication)

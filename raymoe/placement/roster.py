@@ -5,6 +5,7 @@ listed, but still there for engines that work with an earlier version. When all 
 """
 
 from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 from raymoe.placement.health import DeviceHealth, HealthState
 from raymoe.placement.ownership import Ownership
@@ -19,6 +20,7 @@ class Roster:
         version: of what ``ownership`` says; grows whenever that, or a process behind it, changes.
         ownership: what engines may ask each device for; nothing of those that do not serve.
         adopted: by engine, the version it works with; 0 where it has yet to learn of one.
+        changes: how often what is held or withdrawn has changed.
     """
 
     def __init__(self, devices: Iterable[DeviceName], now_s: float) -> None:
@@ -26,15 +28,22 @@ class Roster:
         self.version = 0
         self.ownership: Ownership = {device: () for device in self.health}
         self.adopted: dict[str, int] = {}
+        self.changes = 0
         self._held: dict[DeviceName, set[ExpertKey]] = {device: set() for device in self.health}
         self._withdrawn: dict[DeviceName, dict[ExpertKey, int]] = {device: {} for device in self.health}
         self._joined: set[str] = set()
         self._behind: dict[DeviceName, str | None] = {}
+        self._published: tuple[Any, ...] | None = None
 
     @property
     def serving(self) -> list[DeviceName]:
         """The devices that engines may ask."""
         return [device for device, health in self.health.items() if health.serves]
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """What ``ownership`` follows from, cheap to compare: the same state makes the same one."""
+        return self.changes, tuple((health.serves, health.incarnation) for health in self.health.values())
 
     @property
     def has_suspects(self) -> bool:
@@ -65,6 +74,7 @@ class Roster:
         health = self.health[device]
         health.state, health.reason, health.complete, health.incarnation = HealthState.HEALTHY, None, True, "engine"
         self._held[device] = set(holds)
+        self.changes += 1
 
     def held(self, device: DeviceName) -> tuple[ExpertKey, ...]:
         """What a device's current process has in host memory."""
@@ -75,31 +85,39 @@ class Roster:
         self.health[device].appeared(incarnation, now_s)
         self._held[device] = set(holds)
         self._withdrawn[device].clear()
+        self.changes += 1
 
     def died(self, device: DeviceName, incarnation: str | None, reason: str, now_s: float) -> None:
         """A process is certainly gone, with what it held."""
         self.health[device].died(incarnation, reason, now_s)
-        if self.health[device].incarnation is None:
+        if self.health[device].incarnation is None and self._held[device]:
             self._held[device].clear()
             self._withdrawn[device].clear()
+            self.changes += 1
 
     def gained(self, device: DeviceName, keys: Iterable[ExpertKey]) -> None:
         """Experts are in a device's host memory now."""
         self._held[device].update(keys)
+        self.changes += 1
 
     def keep(self, device: DeviceName, keys: Iterable[ExpertKey]) -> None:
         """What was withdrawn of these is listed again."""
-        for key in keys:
-            self._withdrawn[device].pop(key, None)
+        for key in self._withdrawn[device].keys() & set(keys):
+            del self._withdrawn[device][key]
+            self.changes += 1
 
     def withdraw(self, device: DeviceName, keys: Iterable[ExpertKey]) -> None:
         """List these no more from the next version on."""
         for key in keys:
-            if key in self._held[device]:
-                self._withdrawn[device].setdefault(key, self.version + 1)
+            if key in self._held[device] and key not in self._withdrawn[device]:
+                self._withdrawn[device][key] = self.version + 1
+                self.changes += 1
 
     def publish(self) -> bool:
         """Bring ``ownership`` up to date; whether that made a new version."""
+        if self.state == self._published:
+            return False
+        self._published = self.state
         listed: Ownership = {
             device: tuple(sorted(self._held[device] - self._withdrawn[device].keys())) if health.serves else ()
             for device, health in self.health.items()
@@ -125,3 +143,4 @@ class Roster:
         for key in keys:
             self._held[device].discard(key)
             self._withdrawn[device].pop(key, None)
+        self.changes += 1

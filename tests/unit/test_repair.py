@@ -181,3 +181,11 @@ def test_what_is_withdrawn_dies_with_its_process() -> None:
     found.died(B, "b1", "gone", 1.0)
     found.publish()
     assert found.droppable() == {} and found.held(B) == ()
+
+
+def test_what_has_not_changed_is_not_looked_through_again() -> None:
+    found = roster(A)
+    before = found.state
+    assert not found.publish() and found.state == before
+    found.gained(A, found.held(A))
+    assert found.state != before and not found.publish(), "nothing is new, which takes a look to find out"
