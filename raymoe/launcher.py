@@ -93,10 +93,10 @@ def launch(config: ClusterConfig | dict[str, Any], *, app: str | None = None, on
     owns_ray = False
     needs_ray = config.predictor_kind == "shadow" or any(device.transport == "zmq" for device in config.devices)
     if needs_ray and not ray.is_initialized():
-        from raymoe.checkpoint.opening import open_checkpoint
+        from raymoe.checkpoint.opening import open_configured
 
         # a bad checkpoint should be told before Ray is started for it
-        open_checkpoint(config.model.source, config.model.dtype, trust_remote_code=config.model.trust_remote_code)
+        open_configured(config.model)
         owns_ray = "RAY_ADDRESS" not in os.environ
         ray.init(log_to_driver=False, include_dashboard=False if owns_ray else None)
     try:

@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from raymoe.actors.names import NAMESPACE, worker_name
 from raymoe.actors.nodes import is_offered, wishes
 from raymoe.actors.options import on_device
-from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
+from raymoe.config import ClusterConfig, DeviceConfig
 from raymoe.errors import RaymoeError, StartError
 from raymoe.placement.digest_book import DigestBook, check_same_weights
 from raymoe.placement.ownership import Capacity, Ownership
@@ -65,13 +65,11 @@ class Crew:
 
     def rebuild(self) -> None:
         """Find the workers that run already, as they do where the placement actor was restarted."""
-        asked: dict[Any, DeviceName] = {}
         for device in self.remote:
             with contextlib.suppress(ValueError, RayError):
-                handle = ray.get_actor(worker_name(self._app, device.name), NAMESPACE)
-                self.handles[DeviceName(device.name)] = handle
-                asked[handle.describe.remote()] = DeviceName(device.name)
-        found = {asked[reference]: info for reference, info in answers(asked, REPORT_TIMEOUT_S).items()}
+                name = DeviceName(device.name)
+                self.handles[name] = ray.get_actor(worker_name(self._app, device.name), NAMESPACE)
+        found = self.ask("describe", names=self.handles)
         self.infos.update(found)  # all of them first: how many share a node says what each may take
         for name, info in found.items():
             self.arrived(name, info)
@@ -101,7 +99,7 @@ class Crew:
         """The worker of a device, whether it has started yet or not."""
         name = DeviceName(device.name)
         if name not in self.handles:
-            self.handles[name] = self._find_or_create(device, self.scheduling)
+            self.handles[name] = self._find_or_create(device)
         return self.handles[name]
 
     def arrived(self, name: DeviceName, info: "WorkerInfo") -> None:
@@ -168,8 +166,7 @@ class Crew:
         """Put the settings in force at these workers, or at all. Returns those that did not confirm in time."""
         settings = self.scheduling.model_dump(mode="json")
         told = list(self.infos if names is None else names)
-        asked: dict[Any, DeviceName] = {self.handles[name].reconfigure.remote(settings): name for name in told}
-        confirmed = {asked[reference] for reference in answers(asked, REPORT_TIMEOUT_S)}
+        confirmed = self.ask("reconfigure", settings, names=told)
         return tuple(name for name in told if name not in confirmed)
 
     def admit(self, keys: Sequence[bytes], names: Iterable[DeviceName] | None = None) -> None:
@@ -177,22 +174,19 @@ class Crew:
 
         Raises what a worker fails with.
         """
-        binding = self.binding()
-        asked: list[tuple[DeviceName, Any]] = [
-            (name, self.handles[name].serve.remote(binding(self.infos[name].address), tuple(keys)))
-            for name in list(self.infos if names is None else names)
-        ]
-        for name, reference in asked:
+        for reference, name in self._serving(keys, self.infos if names is None else names).items():
             self.endpoints[name] = unwrapped(reference, SERVE_TIMEOUT_S)
 
     def admit_soon(self, keys: Sequence[bytes], names: Iterable[DeviceName]) -> None:
         """Let more clients in, as far as these workers answer in time."""
-        binding = self.binding()
-        asked: dict[Any, DeviceName] = {
-            self.handles[name].serve.remote(binding(self.infos[name].address), tuple(keys)): name for name in names
-        }
+        asked = self._serving(keys, names)
         for reference, endpoint in answers(asked, REPORT_TIMEOUT_S).items():
             self.endpoints[asked[reference]] = endpoint
+
+    def _serving(self, keys: Sequence[bytes], names: Iterable[DeviceName]) -> dict[Any, DeviceName]:
+        """Ask these workers to let clients in; by reference, whose the endpoint to come is."""
+        binding = self.binding()
+        return {self.handles[name].serve.remote(binding(self.infos[name].address), tuple(keys)): name for name in names}
 
     def binding(self) -> Callable[[str], str]:
         """What to bind on a node, by its address: loopback where there is no other node, nor will be."""
@@ -222,7 +216,7 @@ class Crew:
     def _loads_all(self) -> bool:
         return self._config.scheduling.policy == "all_resident"
 
-    def _find_or_create(self, device: DeviceConfig, scheduling: SchedulingConfig) -> ActorHandle:
+    def _find_or_create(self, device: DeviceConfig) -> ActorHandle:
         from raymoe.actors.worker import WorkerShell
 
         name = worker_name(self._app, device.name)
@@ -233,7 +227,7 @@ class Crew:
         options = on_device(name, device.kind, device.resources, device.node_labels)
         model = self._config.model.model_dump(mode="json")
         remote_class: Any = ray.remote(WorkerShell)
-        settings = scheduling.model_dump(mode="json")
+        settings = self.scheduling.model_dump(mode="json")
         return remote_class.options(**options).remote(
             self._app, model, device.model_dump(mode="json"), self._limits, settings
         )

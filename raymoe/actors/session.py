@@ -28,7 +28,7 @@ from raymoe.actors.tracing import ClusterTrace
 from raymoe.actors.views import ClusterView
 from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.checkpoint.fingerprint import fingerprint
-from raymoe.checkpoint.opening import open_checkpoint
+from raymoe.checkpoint.opening import open_configured
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.service import ModelService
@@ -75,12 +75,7 @@ class Session:
         self.refused_settings: str | None = None
         self._changing = threading.Lock()
         on_stage(f"opening {config.model.source}")
-        self.checkpoint = open_checkpoint(
-            config.model.source,
-            config.model.dtype,
-            trust_remote_code=config.model.trust_remote_code,
-            map_weights=config.model.map_weights,
-        )
+        self.checkpoint = open_configured(config.model)
         self._placement: ActorHandle | None = None
         self._lease: Lease | None = None
         self._client: WorkerClient | None = None
@@ -100,7 +95,7 @@ class Session:
             self.service = ModelService(self.checkpoint, config, dispatcher, on_forecast=forecast, link=self._link)
             self._adopt()
             if self._lease is not None:
-                self._heed_suspects(self._lease)
+                self.service.on_suspect = self._lease.hurry  # told at once, and what comes of it is heard soon
             self.observer = Observer(app, config, self.service, self._local, self._placement, self._engine_stats)
         except BaseException:
             self.close()
@@ -266,10 +261,6 @@ class Session:
         if not hasattr(self, "service"):
             return 0, ()
         return self._version, self.service.suspects
-
-    def _heed_suspects(self, lease: Lease) -> None:
-        """What the engine finds silent is told at once, and what comes of it is heard soon."""
-        self.service.on_suspect = lease.hurry
 
     def _tell(self) -> EngineStats | None:
         """The engine's counts, once there is one."""

@@ -55,19 +55,13 @@ class WorkerShell:
     ) -> None:
         # here and not above: transformers takes seconds to import, and the placement actor needs only the class
         from raymoe.checkpoint.fingerprint import fingerprint
-        from raymoe.checkpoint.opening import open_checkpoint
+        from raymoe.checkpoint.opening import open_configured
         from raymoe.experts.build import default_threads, make_worker
 
-        settings = ModelConfig.model_validate(model)
         self._device = DeviceConfig.model_validate(device)
         self._limits = limits
         torch.set_num_threads(self._device.threads or default_threads(self._device))
-        self._checkpoint = open_checkpoint(
-            settings.source,
-            settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-            map_weights=settings.map_weights,
-        )
+        self._checkpoint = open_configured(ModelConfig.model_validate(model))
         self._fingerprint = fingerprint(self._checkpoint)
         self._scheduling = SchedulingConfig.model_validate(scheduling)
         self._worker = make_worker(self._checkpoint, self._device, self._scheduling)

@@ -13,6 +13,7 @@ from raymoe.checkpoint.architectures import experts_modules, supported_model_typ
 from raymoe.checkpoint.checkpoint import Checkpoint, MoeLayer
 from raymoe.checkpoint.layout import ParameterLayout, expert_parameters, map_tensors
 from raymoe.checkpoint.safetensors_file import SafetensorsFile
+from raymoe.config import ModelConfig
 from raymoe.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -56,6 +57,19 @@ def open_checkpoint(
         layers=layers,
         trunk_tensors=trunk,
         maps_weights=map_weights,
+    )
+
+
+def open_configured(model: ModelConfig, dtype: str | None = None) -> Checkpoint:
+    """Open what a cluster configuration serves; in another precision where ``dtype`` names one.
+
+    Raises as ``open_checkpoint`` does.
+    """
+    return open_checkpoint(
+        model.source,
+        dtype or model.dtype,
+        trust_remote_code=model.trust_remote_code,
+        map_weights=model.map_weights,
     )
 
 

@@ -33,7 +33,7 @@ from raymoe.engine.shortage import Shortage
 from raymoe.engine.text import Decoder
 from raymoe.engine.together import LONE_TOKENS, Done, Part, read_together
 from raymoe.engine.totals import Totals
-from raymoe.errors import DrainingError, EngineStoppedError, ExpertLostError, RaymoeError, RequestError
+from raymoe.errors import DrainingError, EngineStoppedError, RaymoeError, RequestError
 from raymoe.model.blocks import MOST_ROWS
 from raymoe.model.kv_size import KvSize
 from raymoe.model.runner import Runner
@@ -364,7 +364,7 @@ class Engine:
 
     def _lose(self, sequence: Sequence, error: Exception) -> None:
         """A request cannot go on, for now or at all."""
-        if isinstance(error, ExpertLostError) and self._parking.takes(error):
+        if self._parking.takes(error):
             log.warning("request %d waits: %s", sequence.id, error)
             with self._roster.changed:
                 self._roster.leave(sequence)

@@ -7,7 +7,7 @@ and its cache is made anew from its tokens. Who has waited too long without a to
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from raymoe.engine.sequence import Sequence
 from raymoe.errors import ExpertLostError
@@ -58,7 +58,7 @@ class Parking:
         """Those that were marked."""
         return [sequence for sequence in self.sequences() if sequence.cancelled]
 
-    def takes(self, error: BaseException) -> bool:
+    def takes(self, error: BaseException) -> TypeGuard[ExpertLostError]:
         """Whether a request that failed so waits."""
         return self._owners is not None and isinstance(error, ExpertLostError)
 

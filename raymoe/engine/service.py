@@ -24,7 +24,7 @@ from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig, SchedulingConfig
 from raymoe.engine.cacheless import CachelessScheduler
 from raymoe.engine.conductor import Conductor
-from raymoe.engine.dispatch import Dispatcher, nothing
+from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.drafting import Drafting
 from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
 from raymoe.engine.foresight import Foresight, ShadowLink
@@ -406,13 +406,13 @@ class ModelService:
         return self.experts.dispatcher.suspects
 
     @property
-    def on_suspect(self) -> Callable[[], None] | None:
+    def on_suspect(self) -> Callable[[], None]:
         """Called, on the engine's thread, when a worker falls silent."""
         return self.experts.dispatcher.on_suspect
 
     @on_suspect.setter
-    def on_suspect(self, action: Callable[[], None] | None) -> None:
-        self.experts.dispatcher.on_suspect = action or nothing
+    def on_suspect(self, action: Callable[[], None]) -> None:
+        self.experts.dispatcher.on_suspect = action
 
     def close(self) -> None:
         """Stop the engine; requests that are not finished end with EngineStoppedError."""

@@ -10,7 +10,7 @@ from predictor.quantized_experts import QuantizedExperts
 from predictor.shadow import RUN_AHEAD, Alignment, Guess, Rows, Shadow, Told
 from predictor.shadow_model import ShadowModel
 from predictor.thinning import Thinning, skipped_layers
-from raymoe.checkpoint.opening import open_checkpoint
+from raymoe.checkpoint.opening import open_configured
 from raymoe.config import ModelConfig, PredictorConfig
 from raymoe.engine.conductor import Conductor
 from raymoe.engine.sampling import Sampler
@@ -207,10 +207,7 @@ def build_shadow_model(model: ModelConfig, config: PredictorConfig) -> ShadowMod
     """
     device = torch_device(config.device, "predictor")
     torch.set_num_threads(config.threads or 1)
-    dtype = "bfloat16" if config.bits == 16 else model.dtype
-    checkpoint = open_checkpoint(
-        model.source, dtype, trust_remote_code=model.trust_remote_code, map_weights=model.map_weights
-    )
+    checkpoint = open_configured(model, "bfloat16" if config.bits == 16 else None)
     thinning = Thinning(top_k=config.top_k, skipped=skipped_layers(config.skip_layers, len(checkpoint.layers)))
     depth = (RUN_AHEAD + 1) * (config.drafts + 1) if config.run_ahead else 0  # positions of the passes in its reach
     experts = QuantizedExperts(checkpoint, config.bits, device)

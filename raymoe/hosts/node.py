@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ import psutil
 
 from raymoe.errors import ConfigError, StartError
 from raymoe.hosts.spec import Farewell, NodeSpec, folder_of
+from raymoe.whole_file import write_whole
 
 LOOK_S = 0.5
 REACH_TIMEOUT_S = 5.0
 JOIN_TIMEOUT_S = 20.0  # of one attempt; where Ray gives up joining is far later
 LOG_LINES = 5  # of a node that has ended, told with the error
 KILL_S = 5.0
+PRIVATE = 0o600  # mode of a file that only its owner reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +58,8 @@ def start_node(spec: NodeSpec) -> str:
         return "runs already"
     folder = folder_of(spec.cluster)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_private(token_file(spec.cluster), spec.token)
-    write_private(folder / "env", shell_lines(spec))
+    write_whole(token_file(spec.cluster), spec.token, PRIVATE)
+    write_whole(folder / "env", shell_lines(spec), PRIVATE)
     reach_head(spec)
     log = folder / f"{spec.host.name}.log"
     process = spawn(spec, log)
@@ -209,18 +211,8 @@ def read_record(cluster: str, host: str) -> Record | None:
 
 
 def write_record(spec: NodeSpec, record: Record) -> None:
-    """Note a started node, whole or not at all."""
-    file = record_file(spec.cluster, spec.host.name)
-    write_private(
-        file.with_suffix(".new"), json.dumps({"pid": record.pid, "created_s": record.created_s, "spec": record.spec})
-    )
-    file.with_suffix(".new").replace(file)
-
-
-def write_private(file: Path, text: str) -> None:
-    """Write a file that only its owner reads."""
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-        out.write(text)
+    """Note a started node."""
+    write_whole(record_file(spec.cluster, spec.host.name), json.dumps(asdict(record)), PRIVATE)
 
 
 def last_lines(log: Path) -> str:

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from raymoe.errors import ConfigError, StartError
 from raymoe.hosts.file import HostConfig, HostsConfig
-from raymoe.hosts.node import token_file, write_private
+from raymoe.hosts.node import PRIVATE, token_file
 from raymoe.hosts.spec import Answer, Farewell, folder_of, spec_of
 from raymoe.strict import StrictModel
+from raymoe.whole_file import write_whole
 
 GRACE_S = 60.0  # beyond what a host itself allows: to connect, to start Python, to end what failed
 MOST_AT_ONCE = 16
@@ -102,7 +103,7 @@ def make_token(cluster: str) -> str:
     except FileNotFoundError:
         token = secrets.token_hex(32)
         folder_of(cluster).mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_private(file, token)
+        write_whole(file, token, PRIVATE)
         return token
     except OSError as error:
         raise ConfigError(f"can't read the cluster's token {file}: {error.strerror}") from error

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raymoe.types import ExpertKey
-
 NOBODY = -1
 
 
@@ -37,15 +35,6 @@ def owners_to_ask(
         total_W += np.bincount(asked_E[asked_E >= 0], minlength=len(total_W))
         asked_LE.append(asked_E)
     return asked_LE
-
-
-def without_owner(owner_LE: Sequence[np.ndarray]) -> tuple[ExpertKey, ...]:
-    """The experts that nobody can be asked for."""
-    return tuple(
-        ExpertKey(layer=layer, expert=expert)
-        for layer, owner_E in enumerate(owner_LE)
-        for expert in np.flatnonzero(owner_E < 0).tolist()
-    )
 
 
 def _is_well(well_WE: np.ndarray, asked_E: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from raymoe import errors
-from raymoe.checkpoint.opening import open_checkpoint
+from raymoe.checkpoint.opening import open_configured
 from raymoe.config import ClusterConfig
 from raymoe.errors import ConfigError, RaymoeError, StartError
 
@@ -84,7 +84,7 @@ def serve_in_foreground(
     if not joins_cluster:
         on_stage(f"opening {config.model.source}")
         # a bad checkpoint should be told before Ray is started for it
-        open_checkpoint(config.model.source, config.model.dtype, trust_remote_code=config.model.trust_remote_code)
+        open_configured(config.model)
     signals = Signals()
     owns_serve = False
     try:

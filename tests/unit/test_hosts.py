@@ -20,11 +20,11 @@ from raymoe.hosts.node import (
     shell_lines,
     stop_node,
     token_file,
-    write_private,
     write_record,
 )
 from raymoe.hosts.remote import answer_in, down, make_token, up
 from raymoe.hosts.spec import Farewell, NodeSpec, spec_of
+from raymoe.whole_file import write_whole
 
 TWO = [{"name": "box-0", "address": "10.0.0.10"}, {"name": "box-1", "address": "10.0.0.11"}]
 TOKEN = "t" * 64
@@ -178,7 +178,7 @@ def test_the_token_is_made_once_and_only_its_owner_reads_it(home: Path) -> None:
     token = make_token("lab")
     assert len(token) == 64 and make_token("lab") == token
     assert stat.S_IMODE(token_file("lab").stat().st_mode) == 0o600
-    write_private(token_file("lab"), "another\n")
+    write_whole(token_file("lab"), "another\n")
     assert make_token("lab") == "another"
 
 
