@@ -33,6 +33,7 @@ import psutil
 from rich.console import Console
 
 from benchmarks.harness import Figure, report
+from benchmarks.memory import started_bytes
 
 OVERLOAD = 5.0  # times the sustainable rate
 USERS = 8  # trunk.max_running
@@ -213,13 +214,7 @@ async def closed_loop(port: int, users: int, seconds: float, seed: int) -> float
 async def sample(run: Run) -> None:
     """Note the memory of all processes that this one has started."""
     while True:
-        total = 0
-        for process in psutil.Process().children(recursive=True):
-            try:
-                total += process.memory_info().rss
-            except psutil.Error:
-                continue
-        run.memory_bytes.append(total)
+        run.memory_bytes.append(started_bytes())
         await asyncio.sleep(SAMPLE_S)
 
 

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from raymoe.transport.frames import HEADER, Message
+from raymoe.transport.frames import HEADER, Limits, Message
+
+LIMITS = Limits(layers=8, rows=64, pairs=256, hidden=64, experts=32, changes=64, body_bytes=1 << 16)
+"""Of a small model, for messages that tests make."""
 
 Frames = list[bytes]
 Arriving = st.SearchStrategy[Frames]

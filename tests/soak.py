@@ -23,8 +23,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import httpx
-import psutil
 
+from benchmarks.memory import started_bytes
 from tests.answers import Answer, check_answers
 
 SETTLE_S = 60.0  # for the engine to see the last clients go
@@ -176,19 +176,8 @@ class Soak:
 
     async def _sample_memory(self) -> None:
         while True:
-            self.tally.memory_bytes.append(await asyncio.to_thread(server_memory))
+            self.tally.memory_bytes.append(await asyncio.to_thread(started_bytes))
             await asyncio.sleep(SAMPLE_S)
-
-
-def server_memory() -> int:
-    """Resident bytes of all processes that this one has started."""
-    total = 0
-    for process in psutil.Process().children(recursive=True):
-        try:
-            total += process.memory_info().rss
-        except psutil.Error:
-            continue
-    return total
 
 
 def stats_of(url: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from raymoe.actors.session import message_limits
 from raymoe.actors.shares import bounded_devices, cluster_fleet, hand_out, spreads
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import ClusterConfig
+from raymoe.engine.directory import View
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.service import ModelService
 from raymoe.experts.build import make_worker
@@ -142,7 +143,7 @@ class Running:
         up = self.processes.endpoints
         ownership = {name: keys for name, keys in self.processes.ownership.items() if name in up}
         primary = primary_owners(self.service.checkpoint.sizes(), ownership, self.per_layer)
-        self.service.adopt(ownership, primary, dict(up))
+        self.service.adopt(View(ownership=ownership, primary=primary, endpoints=dict(up)))
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.checkpoint.fingerprint import fingerprint
 from raymoe.checkpoint.opening import open_configured
 from raymoe.config import ClusterConfig, DeviceConfig, SchedulingConfig
+from raymoe.engine.directory import View
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.service import ModelService
 from raymoe.errors import ExpertUnavailableError, RaymoeError, StartError
@@ -252,7 +253,7 @@ class Session:
         reference: Any = self._placement.view.remote()
         view: Any = ray.get(reference, timeout=STATS_TIMEOUT_S)
         primary = primary_owners(self.checkpoint.sizes(), view.ownership, spreads(self.config, self.checkpoint.sizes()))
-        self.service.adopt(view.ownership, primary, view.endpoints)
+        self.service.adopt(View(ownership=view.ownership, primary=primary, endpoints=view.endpoints))
         self._ownership, self._version, self._stale = view.ownership, view.version, False
         self.replication = view.replication
 

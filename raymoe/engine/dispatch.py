@@ -25,7 +25,6 @@ from raymoe.placement.assignment import Fleet, reassign
 from raymoe.placement.owners import NOBODY
 from raymoe.placement.ownership import Ownership
 from raymoe.transport.shadow_messages import Plan
-from raymoe.transport.sockets import Endpoint
 from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing, StepId
 
 OnAnswer = Callable[[int, int, ExpertAnswer, float | None], None]
@@ -106,15 +105,10 @@ class Dispatcher:
 
     # --- owners -------------------------------------------------------------------------------------------
 
-    def adopt(
-        self,
-        ownership: Ownership,
-        primary: Mapping[ExpertKey, DeviceName],
-        endpoints: Mapping[DeviceName, Endpoint],
-    ) -> None:
-        """Who owns what, whom to ask first, and where remote workers listen, from the next step on. From any thread."""
+    def adopt(self, view: View) -> None:
+        """Ask by this from the next step on, or as soon as an answer is waited for. From any thread."""
         with self._posting:
-            self._posted = View(ownership=ownership, primary=primary, endpoints=endpoints)
+            self._posted = view
 
     def catch_up(self) -> set[DeviceName]:
         """Go by what was to be adopted, if anything was; returns workers whose connection is another one now."""

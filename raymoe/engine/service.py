@@ -24,6 +24,7 @@ from raymoe.checkpoint.checkpoint import Checkpoint
 from raymoe.config import EMBEDDED_MODEL, ClusterConfig, SchedulingConfig
 from raymoe.engine.cacheless import CachelessScheduler
 from raymoe.engine.conductor import Conductor
+from raymoe.engine.directory import View
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.drafting import Drafting
 from raymoe.engine.engine import Engine, EngineReport, OnChunk, RequestId
@@ -56,8 +57,6 @@ from raymoe.model.sites import MoeSite, attach_sites
 from raymoe.model.trials import why_no_trials
 from raymoe.model.trunk import build_trunk, tokenizer_path
 from raymoe.observe.trace import MAIN, Recording, Tracer
-from raymoe.placement.ownership import Ownership
-from raymoe.transport.sockets import Endpoint
 from raymoe.types import DeviceName, ExpertKey
 
 log = logging.getLogger(__name__)
@@ -390,15 +389,9 @@ class ModelService:
         self._scheduling = scheduling
         self._engine.reconfigure(scheduling)
 
-    def adopt(
-        self,
-        ownership: Ownership,
-        primary: Mapping[ExpertKey, DeviceName],
-        endpoints: Mapping[DeviceName, Endpoint],
-    ) -> None:
-        """Who owns what now, whom to ask first, and where workers listen: the engine goes by it from its next step
-        on, or as soon as it waits for an answer. From any thread."""
-        self.experts.dispatcher.adopt(ownership, primary, endpoints)
+    def adopt(self, view: View) -> None:
+        """Who owns what now: the engine goes by it from its next step on. From any thread."""
+        self.experts.dispatcher.adopt(view)
 
     @property
     def suspects(self) -> tuple[DeviceName, ...]:

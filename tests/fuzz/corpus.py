@@ -9,7 +9,6 @@ from raymoe.transport.frames import (
     DTYPES,
     Header,
     Kind,
-    Limits,
     pack_answer,
     pack_call,
     pack_experts,
@@ -28,9 +27,8 @@ from raymoe.transport.shadow_messages import (
     pack_news,
 )
 from raymoe.types import SamplingRecipe, StepId
-from tests.frames import Frames, wire
+from tests.frames import LIMITS, Frames, wire
 
-LIMITS = Limits(layers=8, rows=64, pairs=256, hidden=64, experts=32, changes=64, body_bytes=1 << 16)
 WORKERS = 5
 
 

@@ -5,8 +5,7 @@ import struct
 from collections.abc import Callable
 
 from raymoe.transport.frames import HEADER
-from tests.frames import Frames
-from tests.fuzz.corpus import LIMITS
+from tests.frames import LIMITS, Frames
 
 FIELDS = {"kind": (5, "<B"), "dtype": (6, "<B"), "request": (8, "<Q"), "big": (56, "<Q")}
 FIELDS |= {f"number {index}": (16 + 4 * index, "<I") for index in range(10)}  # layer, rows, pairs, hidden, a to f

@@ -26,8 +26,8 @@ from raymoe.transport.frames import (
     parse_text,
 )
 from raymoe.transport.shadow_messages import Begin, Plan, Token, parse_from_shadow, parse_news
-from tests.frames import Frames
-from tests.fuzz.corpus import LIMITS, WORKERS
+from tests.frames import LIMITS, Frames
+from tests.fuzz.corpus import WORKERS
 
 # A Python list of integers takes eleven times what they take in a frame (4 bytes there; an object of 28 and two
 # references here), and some parsers make two; the rest is for objects of fixed size and messages of errors.

@@ -24,6 +24,7 @@ from raymoe.errors import CapacityError, CheckpointError, StartError
 from raymoe.observe.stats import DeviceStats
 from raymoe.serve.app import build_application
 from raymoe.transport.frames import Limits
+from tests.ray_nodes import ray_nodes
 from tests.toy_models import reference_tokens
 from tests.waiting import WAIT_S, until
 
@@ -48,16 +49,9 @@ with urllib.request.urlopen(request, timeout=60) as answer:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head and two edge nodes, told apart by a label and by a resource."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    cluster.add_node(num_cpus=1, labels={"box": "mini-pc"})
-    cluster.add_node(num_cpus=1, resources={"jetson": 1})
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
-    try:
+    mini_pc, jetson = {"num_cpus": 1, "labels": {"box": "mini-pc"}}, {"num_cpus": 1, "resources": {"jetson": 1}}
+    with ray_nodes(mini_pc, jetson) as cluster:
         yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def raymoe_actors() -> list[str]:

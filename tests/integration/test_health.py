@@ -14,6 +14,7 @@ from raymoe.actors.names import NAMESPACE, placement_name
 from raymoe.actors.session import cluster_status
 from raymoe.errors import StartError
 from raymoe.observe.stats import ClusterStats
+from tests.ray_nodes import ray_nodes
 from tests.waiting import WAIT_S, until
 
 pytestmark = pytest.mark.integration
@@ -26,14 +27,8 @@ EXPERTS = 256
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head, on which two devices live; further nodes come and go."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
-    try:
+    with ray_nodes() as cluster:
         yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def boxes(*devices: dict, **more) -> dict:

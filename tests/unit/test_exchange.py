@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from raymoe.engine.directory import View
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.exchange import DOUBTS
 from raymoe.engine.suspects import MUTE_S, PONG_S, SURE_S, UNSURE_S
@@ -316,7 +317,9 @@ def test_a_new_owner_that_is_told_of_meanwhile_is_asked() -> None:
     wire.kill(A)
     new = {B: KEYS[3:], C: KEYS[:3]}
     primary = {key: C if key in KEYS[:3] else B for key in KEYS}
-    wire.at[100.2] = lambda: dispatcher.adopt(new, primary, {B: endpoint(), C: endpoint()})
+    wire.at[100.2] = lambda: dispatcher.adopt(
+        View(ownership=new, primary=primary, endpoints={B: endpoint(), C: endpoint()})
+    )
     ask(dispatcher)
     assert wire.sent[-1] == (C, [0, 2])
     assert wire.connected == [{B: endpoint(), C: endpoint()}]
@@ -330,7 +333,7 @@ def test_calls_to_a_worker_that_moved_are_sent_to_it_again() -> None:
     def moves() -> None:
         wire.workers[A].alive = True
         wire._waiting.clear()
-        dispatcher.adopt({A: KEYS}, dict.fromkeys(KEYS, A), {A: endpoint("moved")})
+        dispatcher.adopt(View(ownership={A: KEYS}, primary=dict.fromkeys(KEYS, A), endpoints={A: endpoint("moved")}))
 
     wire.at[100.1] = moves
     ask(dispatcher)

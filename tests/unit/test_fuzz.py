@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymoe.transport.frames import Kind, parse_header
-from tests.fuzz.corpus import LIMITS, corpus
+from tests.frames import LIMITS
+from tests.fuzz.corpus import corpus
 from tests.fuzz.guided import decoded, encoded
 from tests.fuzz.million import hammer
 from tests.fuzz.mutations import MUTATIONS, mutated

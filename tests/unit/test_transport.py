@@ -51,10 +51,9 @@ from raymoe.transport.server import WorkerServer
 from raymoe.transport.sockets import Endpoint, KeyPair, Redial, client_socket, server_socket
 from raymoe.types import DeviceName, ExpertKey, StepId
 from tests.asking import gather
-from tests.frames import DAMAGED, wire
+from tests.frames import DAMAGED, LIMITS, wire
 from tests.free_ports import free_ports
 
-LIMITS = Limits(layers=8, rows=64, pairs=256, hidden=64, experts=32, changes=64, body_bytes=1 << 16)
 EDGE, OTHER = DeviceName("edge"), DeviceName("other")
 TIMEOUT_S = 30.0
 
