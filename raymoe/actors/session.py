@@ -278,12 +278,12 @@ class Session:
         devices: dict[str, DeviceStats] = {}
         kind = self.config.predictor_kind
         predictor = PredictorStats(kind=kind, state="healthy") if kind is not None else None
-        dropped = refused = 0
+        seen = ClusterStats(app=self.app, devices={})
         if self._placement is not None:
-            workers: Any = ray.get(self._placement.stats.remote(names), timeout=STATS_TIMEOUT_S)
-            devices |= workers.devices
-            predictor = workers.predictor or predictor
-            dropped, refused = workers.dropped_messages, workers.refused_clients
+            answered: Any = ray.get(self._placement.stats.remote(names), timeout=STATS_TIMEOUT_S)
+            seen = answered
+            devices |= seen.devices
+            predictor = seen.predictor or predictor
         for device in self.config.devices:
             worker = self._local.get(DeviceName(device.name))
             if worker is not None:
@@ -295,16 +295,14 @@ class Session:
             name: replace(stats, substituted=substituted.get(DeviceName(name), 0), bad_outputs=bad_outputs[name])
             for name, stats in devices.items()
         }
-        return ClusterStats(
-            app=self.app,
+        return replace(
+            seen,
             devices={device.name: devices[device.name] for device in self.config.devices if device.name in devices},
             engine=self._engine_stats(),
             replication=self.replication,
             policy=self.config.scheduling.policy,
             predictor=predictor,
             settings=settings_stats(self.scheduling),
-            dropped_messages=dropped,
-            refused_clients=refused,
         )
 
     def trace(self) -> ClusterTrace:

@@ -94,6 +94,7 @@ def test_a_killed_worker_is_noticed_replaced_and_taken_in_again(cluster: Cluster
         assert seen.states.index("down") < seen.states.index("healthy", 1)
         now = stats("killed")
         assert now.devices["b"].restarts == 1 and now.devices["b"].reason is None and now.repairs >= 1
+        assert moe.stats().repairs >= now.repairs, "the engine tells what the placement actor knows"
         until(lambda: sum(d.owned for d in stats("killed").devices.values()) == EXPERTS, "the end of spare copies")
         assert moe.generate(PROMPT, max_tokens=4, temperature=0.0).token_ids == before
         print(f"down after {seen.at_s['down']:.2f} s, repaired after {repaired_s:.2f} s, {seen.at_s}")
