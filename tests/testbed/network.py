@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -77,9 +78,16 @@ class Host:
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """``argv`` as a command that runs on this host: its network, its name, its /tmp, its home."""
-        settle = 'hostname "$1" && mount --bind "$2" /tmp && shift 2 && exec "$@"'
+        settle = f'hostname "$1" && {self._keep_repository()}mount --rbind "$2" /tmp && shift 2 && exec "$@"'
         enter = ["ip", "netns", "exec", self.namespace, "unshare", "--mount", "--uts", "sh", "-c", settle, "sh"]
         return [*enter, self.name, str(self.tmp), "env", f"HOME={self.home}", *argv]
+
+    def _keep_repository(self) -> str:
+        """Commands by which a checkout under /tmp is there on the host as well."""
+        if not REPOSITORY.is_relative_to("/tmp"):
+            return ""
+        place = shlex.quote(str(self.tmp / REPOSITORY.relative_to("/tmp")))
+        return f"mkdir -p {place} && mount --bind {shlex.quote(str(REPOSITORY))} {place} && "
 
     def run(self, *argv: str, timeout_s: float = 120.0, **options: object) -> subprocess.CompletedProcess[str]:
         """Run a command on this host to its end. Raises CalledProcessError unless it succeeds."""
