@@ -15,7 +15,7 @@ from raymoe.actors.names import NAMESPACE, shadow_name, worker_name
 from raymoe.actors.reports import device_stats
 from raymoe.config import ClusterConfig
 from raymoe.engine.service import ModelService
-from raymoe.experts.usage import ResidencyMap
+from raymoe.experts.report import ResidencyMap
 from raymoe.experts.worker import ExpertWorker
 from raymoe.observe import metrics
 from raymoe.observe.ray_metrics import Publisher, RayExporter

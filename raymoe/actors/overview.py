@@ -9,11 +9,12 @@ from raymoe.actors.repairs import Repairs
 from raymoe.actors.reports import seen_stats, settings_stats, shortages
 from raymoe.actors.shadow_keeper import ShadowKeeper
 from raymoe.config import ClusterConfig
+from raymoe.experts.report import ResidencyMap
 from raymoe.observe.metrics import Values, of_health, of_predictor, of_repairs
 from raymoe.observe.stats import ClusterStats, DeviceStats, EngineStats, PredictorStats
 from raymoe.types import DeviceName
 
-STATS_WAIT_S = 1.0  # for reports: whoever looks wants to see at once that a device is silent
+ASK_S = 1.0  # for workers' answers: whoever looks wants to see at once that a device is silent
 
 
 class Overview:
@@ -34,7 +35,8 @@ class Overview:
         self._members = members
         self._repairs = repairs
         self._shadow = shadow
-        self._reports: dict[DeviceName, Any] = {}  # of workers, the last ones
+        self._reports: dict[DeviceName, Any] = {}  # the last ones
+        self._maps: dict[DeviceName, ResidencyMap] = {}
 
     def stats(self, engine: EngineStats | None, names: bool) -> ClusterStats:
         """Of devices and predictor, with what the engine said.
@@ -42,12 +44,13 @@ class Overview:
         Args:
             names: also of the resident experts, of which there may be ten thousands.
         """
+        self._reports = self._ask(self._reports, "report", names)
         target = self._repairs.target
         replication = target.replication if target is not None else 0
         lost = target.lost if target is not None else ()
         return ClusterStats(
             app=self._app,
-            devices=self._devices(self._ask_reports(names)),
+            devices=self._devices(self._reports),
             engine=engine,
             replication=replication,
             policy=self._crew.scheduling.policy,
@@ -67,12 +70,16 @@ class Overview:
             values += of_health(name, stats.state, heartbeat_age_s=stats.heartbeat_age_s, restarts=stats.restarts)
         return values
 
-    def _ask_reports(self, names: bool) -> dict[DeviceName, Any]:
-        """Every worker's report; the last one of a worker that is busy, or silent for a moment."""
+    def residency(self) -> dict[str, ResidencyMap]:
+        """Every worker's map; the last one of a worker that is busy, or silent for a moment."""
+        self._maps = self._ask(self._maps, "residency")
+        return {str(name): seen for name, seen in self._maps.items()}
+
+    def _ask(self, known: dict[DeviceName, Any], method: str, *arguments: Any) -> dict[DeviceName, Any]:
+        """What every worker that is there answers, or what is known of it where it does not in time."""
         there = self._members.reachable()
-        known = self._reports | self._crew.ask("report", names, names=there, wait_s=STATS_WAIT_S)
-        self._reports = {name: report for name, report in known.items() if name in there}
-        return self._reports
+        answers = known | self._crew.ask(method, *arguments, names=there, wait_s=ASK_S)
+        return {name: answer for name, answer in answers.items() if name in there}
 
     def _devices(self, reports: dict[DeviceName, Any]) -> dict[str, DeviceStats]:
         now_s = self._members.clock()

@@ -50,7 +50,7 @@ from raymoe.types import DeviceName, ExpertKey, LayerSize
 
 if TYPE_CHECKING:
     from raymoe.actors.worker import WorkerInfo
-    from raymoe.experts.usage import ResidencyMap
+    from raymoe.experts.report import ResidencyMap
     from raymoe.transport.frames import Limits
     from raymoe.transport.placement import OrderDesk, PlacementServer
     from raymoe.transport.sockets import Endpoint
@@ -370,9 +370,8 @@ class PlacementShell:
         return replace(stats, dropped_messages=server.dropped, refused_clients=server.refused)
 
     def residency(self) -> "dict[str, ResidencyMap]":
-        """Every worker's map; those that do not answer are left out."""
-        maps = self._crew.ask("residency", names=self._members.reachable())
-        return {str(name): answer for name, answer in maps.items()}
+        """Every worker's map; the last one of a worker that is busy, or silent for a moment."""
+        return self._overview.residency()
 
     def _values(self) -> Values:
         """Metrics of what this actor alone sees."""

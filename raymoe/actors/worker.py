@@ -19,8 +19,7 @@ from raymoe.transport.sockets import Endpoint
 from raymoe.types import ExpertDigests, ExpertKey
 
 if TYPE_CHECKING:
-    from raymoe.experts.usage import ResidencyMap
-    from raymoe.experts.worker import WorkerReport
+    from raymoe.experts.report import ResidencyMap, WorkerReport
     from raymoe.transport.server import WorkerServer
 
 

@@ -1,6 +1,11 @@
-"""What a worker says of itself."""
+"""What a worker says of itself.
+
+Light to import: whoever reads an answer of a worker in another process imports what describes it, and the placement
+actor, whom everybody asks, shall not wait for seconds for libraries that it has no use for.
+"""
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,3 +45,31 @@ class WorkerReport:
     link_busy_s: float
     refused_clients: int = 0
     shrunk: int = 0
+
+
+class Place(IntEnum):
+    """Where an expert is, as seen from one device."""
+
+    ELSEWHERE = 0
+    HOST = 1
+    LOADING = 2
+    READY = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyMap:
+    """One device's experts, a byte each, layer by layer.
+
+    Attributes:
+        place: ``Place`` of every expert [L * E].
+        use: uses lately, from 0 to 255, which stands for ``use_max``.
+        score: what keeping it is worth by gate score and use, from 0 to 255, which stands for ``score_max``.
+    """
+
+    layers: int
+    experts: int
+    place: bytes
+    use: bytes
+    use_max: float
+    score: bytes
+    score_max: float

@@ -7,46 +7,17 @@ import math
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 
 from raymoe.experts.bay import Bay
 from raymoe.experts.call import layer_and_expert
+from raymoe.experts.report import Place, ResidencyMap
 
 FADE_S = 10.0  # after which a use counts a third: long enough to see habits of a text, short enough to follow it
 MOST_CALLS = 16_384  # that were not read yet: more than a second of a deep model's
 MOST_PAIRS = 256  # of one call; prompts ask for thousands, of nearly every expert
 MOST = 255  # heat is told in one byte per expert
-
-
-class Place(IntEnum):
-    """Where an expert is, as seen from one device."""
-
-    ELSEWHERE = 0
-    HOST = 1
-    LOADING = 2
-    READY = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidencyMap:
-    """One device's experts, a byte each, layer by layer.
-
-    Attributes:
-        place: ``Place`` of every expert [L * E].
-        use: uses lately, from 0 to 255, which stands for ``use_max``.
-        score: what keeping it is worth by gate score and use, from 0 to 255, which stands for ``score_max``.
-    """
-
-    layers: int
-    experts: int
-    place: bytes
-    use: bytes
-    use_max: float
-    score: bytes
-    score_max: float
 
 
 class Usage:

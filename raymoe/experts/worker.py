@@ -30,10 +30,10 @@ from raymoe.experts.host_memory import MemoryGuard
 from raymoe.experts.host_store import HostStore, ReadExpert
 from raymoe.experts.link import EmulatedLink, Link, MemoryLink
 from raymoe.experts.loader import Loader, ThreadLoader
-from raymoe.experts.report import WorkerReport
+from raymoe.experts.report import ResidencyMap, WorkerReport
 from raymoe.experts.shelf import Shelf
 from raymoe.experts.staging import Staging
-from raymoe.experts.usage import ResidencyMap, Usage, residency_map
+from raymoe.experts.usage import Usage, residency_map
 from raymoe.experts.watch import CallWatch
 from raymoe.kernels.native import NativeKernels
 from raymoe.observe.trace import Recording, Tracer

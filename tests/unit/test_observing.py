@@ -2,6 +2,9 @@
 
 import asyncio
 import base64
+import pickle
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -15,7 +18,8 @@ from raymoe import cli
 from raymoe.actors.observing import as_json
 from raymoe.config import EMBEDDED_MODEL
 from raymoe.errors import EngineStoppedError, StartError
-from raymoe.experts.usage import Place, Usage, as_heat
+from raymoe.experts.report import Place, ResidencyMap
+from raymoe.experts.usage import Usage, as_heat
 from raymoe.observe.timeline import MOST_SPANS, steps_to_record, timeline
 from raymoe.observe.top import Look, rate, share, table_of
 from raymoe.observe.trace import Recording, Span
@@ -29,6 +33,15 @@ from tests.local import local_service
 from tests.unit.test_shelf import expect, make_shelf, run_step
 
 STEP = StepId(sequence=1, position=5)
+
+
+def test_reading_a_worker_s_answer_loads_no_libraries() -> None:
+    seen = ResidencyMap(layers=1, experts=1, place=b"1", use=b"0", use_max=0.0, score=b"0", score_max=0.0)
+    code = (
+        "import pickle, sys; assert pickle.load(sys.stdin.buffer).layers == 1; "
+        "sys.exit(len({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(seen), check=True)
 
 
 # --- use and residency ----------------------------------------------------------------------------------
