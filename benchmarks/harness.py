@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -121,7 +121,7 @@ def least_disturbed(run: Callable[[], T], read: Callable[[], ProcessorTime] = pr
     return min(rounds, key=lambda each: each.stolen)
 
 
-def in_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def in_turns(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Call every variant once to warm up, then ``rounds`` times in turn; returns what each returned."""
     for variant in variants.values():
         variant()

@@ -6,6 +6,7 @@ Writes a table, JSON, and with ``--figures`` the plots. ``--quick`` measures the
 import argparse
 import statistics
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -84,7 +85,7 @@ def named(bench: Bench, exact: decisions.Exact, measured: Measured) -> list[Figu
         host_s=measured.link.host_s,
     )
     slots = speed.SLOTS * bench.top_k
-    common = {"slots": slots, "times": times, "window": DEFAULT.score_window}
+    common: dict[str, Any] = {"slots": slots, "times": times, "window": DEFAULT.score_window}
     plain = [
         without_overheads(trace, **common, eviction="lru", alpha=0.0, prefetch=False, assist=False)
         for trace in exact.traces

@@ -9,6 +9,7 @@ those experts, read once by one thread (``roofline_fraction``).
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def main() -> None:
     try:
         text = service.encode(TEXT)[: PREFIX + PASSES + max(POSITIONS)]
         reading = Reading(service, text)
-        variants = {str(n): lambda n=n: reading.pass_s(n) for n in POSITIONS}
+        variants = {str(n): partial(reading.pass_s, n) for n in POSITIONS}
         measured = in_turns(variants, QUICK_ROUNDS if options.quick else ROUNDS)
         counting = Counting(service)
         for positions in POSITIONS:

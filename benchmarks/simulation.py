@@ -103,7 +103,9 @@ def speed(steps: int, console: Console, settings: dict[str, Any]) -> list[Figure
             )
         whole = f"{steps} steps"
         figures.append(
-            figure(f"simulate_1000_devices_{policy}", [rows[-1]["processor_s"]], "s", f"{whole}; asked 60 for 1,000")
+            figure(
+                f"simulate_1000_devices_{policy}", [float(rows[-1]["processor_s"])], "s", f"{whole}; asked 60 for 1,000"
+            )
         )
         growth = per_step[DEVICES[-1]] / per_step[DEVICES[0]] / (DEVICES[-1] / DEVICES[0])
         figures.append(figure(f"cost_growth_{policy}", [growth], "x", "per step, over the growth in devices; asked 1"))

@@ -34,7 +34,7 @@ class Checker:
         tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
         self._by_text: dict[str, list[int]] = {}
         for token in range(self._model.config.vocab_size):
-            self._by_text.setdefault(tokenizer.decode([token]), []).append(token)
+            self._by_text.setdefault(str(tokenizer.decode([token])), []).append(token)
         self.ties = self.tokens = self.wrong_tokens = 0
 
     @torch.inference_mode()

@@ -378,7 +378,7 @@ class Cluster:
             self._metronome.wait(1 + ROW_MORE * (len(experts_TK) - 1))
             return route(layer, experts_TK, weights_TK)
 
-        service.experts.route = route_in_time  # type: ignore[method-assign, assignment]
+        service.experts.route = route_in_time  # type: ignore[method-assign]
         stack.callback(service.close)
         return service
 

@@ -52,7 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def tokens_equal(prompts: list[list[int]]) -> dict[str, str]:
     """Per variant: "equal", or what differs and by how much of a logit; greedy, float32."""
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).cuda().eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    model = model.cuda().eval()
     expected = [greedy(model, prompt) for prompt in prompts]
     found = {}
     for name, settings in VARIANTS.items():
@@ -95,11 +96,12 @@ def gap(model: Any, prompt: list[int], answer: list[int]) -> float:
 def spread(text: list[int]) -> dict[str, float]:
     """Root mean square distance from float32's logits: ours in bfloat16, and that of transformers' implementations."""
     ids = torch.tensor([text], device="cuda")
-    exact = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).cuda().eval()
+    exact: Any = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    exact = exact.cuda().eval()
     reference = exact(ids).logits[0, PROMPT - 1 :]
     found: dict[str, float] = {}
     for implementation in IMPLEMENTATIONS:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             EMBEDDED_MODEL, dtype=torch.bfloat16, experts_implementation=implementation
         )
         try:

@@ -105,8 +105,13 @@ def deciding_us(device: torch.device, experts: int = 128, top_k: int = 8, alpha:
     for scores_E, chosen_K, available_E in cases:
         routed = route(scores_E[None].copy(), chosen_K[None], available_E, alpha)
     host = (time.perf_counter() - start) / len(cases)
-    there = [tuple(torch.from_numpy(value).to(device) for value in case) for case in cases]
+    there = [[torch.from_numpy(value).to(device) for value in case] for case in cases]
+
+    def decide(case: list[torch.Tensor]) -> torch.Tensor:
+        scores_E, chosen_K, available_E = case
+        return route_on_device(scores_E, chosen_K, available_E, alpha)
+
     for (scores_E, chosen_K, available_E), mine in zip(cases, there, strict=True):
         routed = route(scores_E[None].copy(), chosen_K[None], available_E, alpha).experts_TK[0]
-        assert sorted(routed.tolist()) == sorted(route_on_device(*mine, alpha).tolist()), "both decide alike"
-    return {"host": 1e6 * host, "device": 1e6 * graphed(lambda i: route_on_device(*there[i % len(there)], alpha), 8)}
+        assert sorted(routed.tolist()) == sorted(decide(mine).tolist()), "both decide alike"
+    return {"host": 1e6 * host, "device": 1e6 * graphed(lambda i: decide(there[i % len(there)]), 8)}

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from typing import Any
 
 import torch
 from accelerate import cpu_offload
@@ -16,8 +17,8 @@ def tpot_s(shape: Shape, device: torch.device) -> float:
     """Seconds per token of all of ``shape``'s layers, from a model with ``LAYERS`` of them."""
     config = shape.config(layers=LAYERS)
     with torch.device("meta"):
-        model = shape.model_class(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
+        empty: Any = shape.model_class(config)
+    model = empty.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     for parameter in model.parameters():
         parameter.copy_(torch.empty(parameter.shape, dtype=parameter.dtype, device=device).normal_(0.0, DEVIATION))

@@ -22,7 +22,8 @@ CONTEXT = 256  # tokens of a text before the piece that is read
 
 def embedded_logits(texts: list[list[int]], device: torch.device) -> list[np.ndarray]:
     """The embedded model's router logits over each text, [tokens, layers, experts]."""
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    model = model.to(device).eval()
     found = []
     for tokens in texts:
         with torch.inference_mode():

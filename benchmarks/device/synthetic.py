@@ -223,7 +223,7 @@ class GivenRouting:
         self.routers: list[Router] = []
         rule = RouterRule(score="softmax", renormalised=True, scale=1.0)
         for layer, (path, _) in enumerate(experts_modules(model)):
-            module = model.get_submodule(path.rpartition(".")[0]).gate
+            module: Any = model.get_submodule(path.rpartition(".")[0]).gate
             router = Router(path, rule, shape.experts, module, 0)
             module.register_forward_hook(router.capture)
             module.forward = _given(module, self.logits_LE[layer], shape.top_k, kernels)

@@ -8,6 +8,7 @@ C slots per layer.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def replayed(bench: Bench, exact: Exact) -> list[Decided]:
     for capacity in CAPACITIES:
         slots = capacity * bench.top_k
         for rule, window in REPLAYED:
-            rate = mean_hit_rate(exact.traces, lambda trace, r=rule, s=slots, w=window: hits(trace, s, r, w))
+            rate = mean_hit_rate(exact.traces, partial(hits, slots=slots, rule=rule, window=window))
             name = f"{rule} n={window}" if rule == "score" else rule
             loads = (1 - rate) * bench.top_k
             rows.append(Decided(slots=slots, rule=name, alpha=0.0, hit_rate=rate, loads_per_layer=loads))

@@ -97,7 +97,8 @@ def without_overheads(
     One link moves one load at a time; a prefetch begins when the link is free, on-demand loads go first, and
     everything else is free. Substitution acts on exact scores here, which flatters it a little.
     """
-    world = _World(trace, slots, times, Keeper(eviction, *trace.scores_TLE.shape[1:], window))
+    _, layers, experts = trace.scores_TLE.shape
+    world = _World(trace, slots, times, Keeper(eviction, layers, experts, window))
     for token in range(len(trace.scores_TLE)):
         for layer in range(world.layers):
             world.layer(token, layer, alpha, prefetch=prefetch, assist=assist)

@@ -35,12 +35,14 @@ class Client:
     def __init__(self, host: Host, url: str, prompt: str, tokens: int) -> None:
         command = [sys.executable, "-m", "tests.testbed.client", url, prompt, str(tokens)]
         self._process = host.start(*command, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        self._said = self._process.stdout
         self._chunks: list[dict] = []
 
     def wait_for(self, chunks: int) -> None:
         """Until so many chunks have come."""
         while len(self._chunks) < chunks:
-            self._chunks.append(json.loads(self._process.stdout.readline()))
+            self._chunks.append(json.loads(self._said.readline()))
 
     def streamed(self) -> Streamed:
         """The whole answer."""

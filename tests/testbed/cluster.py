@@ -41,6 +41,7 @@ class Cluster:
         file.write_text(json.dumps(config))
         command = self.command([RAYMOE, "serve", str(file), "--host", self.head.address])
         server = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert server.stdout is not None and server.stderr is not None
         try:
             if "is served at" not in server.stdout.readline():
                 raise RuntimeError(f"raymoe serve did not start: {server.stderr.read()}")

@@ -74,7 +74,7 @@ class Driver:
     def states(self) -> dict[str, dict[str, Any]]:
         """Of every device, what the stats say."""
         self.tell(do="stats")
-        return self.answer()["devices"]  # type: ignore[no-any-return]
+        return self.answer()["devices"]
 
 
 @contextlib.contextmanager

@@ -56,22 +56,28 @@ def serve(address: str, client_key: str, answer: list[bytes]) -> None:
     """A worker's side."""
     import zmq
 
+    from raymoe.transport.door import AllowedClients, Door
     from raymoe.transport.frames import Limits
-    from raymoe.transport.sockets import AllowedClients, KeyPair, authenticator, server_socket
+    from raymoe.transport.sockets import KeyPair, server_socket
 
     context = zmq.Context(io_threads=1)
-    vetting = authenticator(context, AllowedClients({client_key.encode()}))
+    door = Door(context, AllowedClients({client_key.encode()}))
     keys = KeyPair.create()
     socket, endpoint = server_socket(context, address, keys, Limits())
     print(json.dumps({"endpoint": endpoint, "key": keys.public.decode()}), flush=True)
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+
+    def wait_for_end() -> None:
+        sys.stdin.read()
+        ended.set()
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
     while not ended.is_set():
         if socket.poll(100):
             sender, *_ = socket.recv_multipart()
             socket.send_multipart([sender, *answer])
     socket.close()
-    vetting.stop()
+    door.close()
 
 
 def ask(request: list[bytes], count: int, gap_s: float) -> None:

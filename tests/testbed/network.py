@@ -164,7 +164,7 @@ def testbed(names: Sequence[str], link: Link) -> Iterator[Network]:
             remove()
 
 
-testbed.__test__ = False  # type: ignore[attr-defined] - a fixture's matter, not a test
+testbed.__test__ = False  # type: ignore[attr-defined]  # a fixture's matter, not a test
 
 
 @contextlib.contextmanager

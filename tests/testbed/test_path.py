@@ -70,7 +70,7 @@ def reference() -> str:
     """What transformers continues the prompt with."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval()
-    return tokenizer.decode(reference_tokens(model, tokenizer(PROMPT)["input_ids"], 200))
+    return str(tokenizer.decode(reference_tokens(model, tokenizer(PROMPT)["input_ids"], 200)))
 
 
 def test_a_client_elsewhere_gets_transformers_own_tokens(served: Served, reference: str) -> None:
