@@ -6,6 +6,7 @@ skew and locality). Quality and exactness are the embedded model's. A part that 
 
 import argparse
 import json
+import os
 import sys
 import time
 import traceback
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.device import exact, kernels, link, offload
 from benchmarks.device.decode import LRU, POLICIES, RESIDENT, Bench, Policy, Timed, Trace
+from benchmarks.device.emulated import EmulatedStream
 from benchmarks.device.routing import embedded_logits, foretold, held_out, locality, typical, uniform
 from benchmarks.device.synthetic import MIXTRAL, QWEN3, RandomExperts, ReusedMemory, Shape, make_trunk, store_over
 from benchmarks.harness import machine
@@ -29,9 +31,10 @@ from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import EMBEDDED_MODEL
 from raymoe.engine.service import load_tokenizer
 from raymoe.experts.arena import CudaPinning
+from raymoe.experts.cuda_loader import CudaLoader
 from raymoe.experts.host_store import HostStore
-from raymoe.experts.link import EmulatedLink
 from raymoe.kernels.gpu import GpuKernels, load_gpu
+from raymoe.kernels.native import load_native
 from raymoe.model.captured import GraphRecorder
 from raymoe.model.gpu_blocks import use_gpu_kernels
 from raymoe.types import ExpertKey
@@ -39,7 +42,6 @@ from raymoe.whole_file import write_whole
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of all experts, in slots
 GATE_RECALL, SHADOW_RECALL = 0.75, 0.98  # of gates one layer ahead, and of a 4-bit shadow: docs/benchmarks.md
-SWITCH_S = 5e-5  # for Python's threads, while a thread imitates the link beside one that watches the device
 STEPS = (40, 40)  # tokens: to fill the slots, and to measure
 FEW_STEPS = (6, 10)  # the same where each takes a quarter of a second
 PARTS = ("link", "kernels", "exact", "decode", "offload", "emulated")
@@ -238,6 +240,7 @@ class Run:
             store=store,
             kernels=self._gpu,
             new_recorder=lambda: GraphRecorder(self._device),
+            native=load_native(len(os.sched_getaffinity(0))),
         )
 
     def decode(self, shape: Shape, shares: tuple[float, ...], warm_up: int, steps: int) -> dict[str, Any]:
@@ -292,17 +295,15 @@ class Run:
     def emulated(self) -> dict[str, Any]:
         """The emulated link, set to what was measured, beside the real one."""
         assert self._times is not None
-        times, found = self._times, {}
-        sys.setswitchinterval(SWITCH_S)
+        found: dict[str, Any] = {}
         for shape, share, (warm_up, steps) in ((self.qwen3, 1 / 4, STEPS), (self.mixtral, 1 / 4, FEW_STEPS)):
             bench = self.bench(shape)
             trace = self.traces(bench.shape, warm_up + steps + 1)[0]
             slots = int(bench.shape.layers * shape.experts * share)
             for policy in POLICIES[:2]:
-                move = partial(moved, stream=torch.cuda.Stream(self._device))
-                emulation = EmulatedLink(times.peak, times.latency_s, move=move)
+                new_loader = partial(self.emulated_loader, bench.shape)
                 real = bench.run(policy, slots, trace, warm_up, steps)
-                imitated = bench.run(policy, slots, trace, warm_up, steps, emulation)
+                imitated = bench.run(policy, slots, trace, warm_up, steps, new_loader)
                 ratio = imitated.tpot_s / real.tpot_s
                 found[f"{shape.name} {policy.name}"] = {
                     "real_ms": 1e3 * real.tpot_s,
@@ -316,6 +317,18 @@ class Run:
                 self._report.keep("emulated", found)
         return found
 
+    def emulated_loader(self, shape: Shape) -> CudaLoader:
+        """As a GPU's, over an imitated link; what arrives comes from the device's own memory."""
+        assert self._times is not None
+        stream = torch.cuda.Stream(self._device)
+        anything = torch.zeros(shape.expert_elements, dtype=torch.bfloat16, device=self._device)
+
+        def move(source: torch.Tensor, target: torch.Tensor) -> None:
+            with torch.cuda.stream(stream):
+                target.copy_(anything[: target.numel()], non_blocking=True)
+
+        return CudaLoader(EmulatedStream(self._times.peak, self._times.latency_s, move))
+
     def offload(self) -> dict[str, Any]:
         """accelerate beside it."""
         tpot_s = offload.tpot_s(QWEN3, self._device)
@@ -326,13 +339,6 @@ class Run:
 def keys_of(shape: Shape) -> list[ExpertKey]:
     """All experts."""
     return [ExpertKey(layer=layer, expert=e) for layer in range(shape.layers) for e in range(shape.experts)]
-
-
-def moved(source: torch.Tensor, target: torch.Tensor, stream: torch.cuda.Stream) -> None:
-    """A copy on a stream of its own, waited for."""
-    with torch.cuda.stream(stream):
-        target.copy_(source, non_blocking=True)
-    stream.synchronize()
 
 
 def fits(bench: Bench) -> bool:

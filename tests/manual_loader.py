@@ -34,6 +34,9 @@ class ManualTicket:
     def wait(self, timeout_s: float) -> None:
         self.finish()
 
+    def land(self, timeout_s: float) -> None:
+        self.finish()
+
     def finish(self) -> None:
         if not self.done and self.error is None:
             self.copy()

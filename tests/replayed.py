@@ -1,4 +1,4 @@
-"""Segments without a GPU: the forward runs anew for each step, in a thread that stops wherever the capture was cut."""
+"""A captured step without a GPU: the forward runs anew for each, in a thread, as a device does beside its host."""
 
 import threading
 from collections.abc import Callable
@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from raymoe.engine.turns import Shared
-from raymoe.model.captured import Cut, Segment
+from raymoe.engine.dialogue import Shared
 
-TIMEOUT_S = 60.0
+NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
 
 class ReplayRecorder:
@@ -22,61 +21,44 @@ class ReplayRecorder:
 
     def __init__(self) -> None:
         self.captures = 0
-        self._threads: list[threading.Thread] = []
 
-    def record(self, forward: Callable[[Cut], torch.Tensor]) -> tuple[list[Segment], torch.Tensor]:
+    def record(self, forward: Callable[[], torch.Tensor]) -> tuple["ReplayStep", torch.Tensor]:
         self.captures += 1
-        cuts = [0]
-        result = forward(lambda: cuts.__setitem__(0, cuts[0] + 1))
-        run = _Run(forward, result)
-        return [_ReplaySegment(run, number) for number in range(cuts[0] + 1)], result
+        result = forward()
+        return ReplayStep(forward, result), result
 
 
-class _Run:
-    """One forward, part by part."""
+class ReplayStep:
+    """One forward in a thread; whoever asks whether it is done waits a little, as there is nothing else to do."""
 
-    def __init__(self, forward: Callable[[Cut], torch.Tensor], result: torch.Tensor) -> None:
+    def __init__(self, forward: Callable[[], torch.Tensor], result: torch.Tensor) -> None:
         self._forward = forward
         self._result = result
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def advance(self, number: int) -> None:
-        if number == 0:
-            threading.Thread(target=self._whole, daemon=True).start()
-        self._go.release()
-        assert self._stopped.acquire(timeout=TIMEOUT_S)
-        if self._error is not None:
-            raise self._error
+    def run(self) -> None:
+        assert self._thread is None or not self._thread.is_alive(), "one step at a time"
+        self._error = None
+        self._thread = threading.Thread(target=self._whole, daemon=True)
+        self._thread.start()
 
     def _whole(self) -> None:
-        def cut() -> None:
-            self._stopped.release()
-            assert self._go.acquire(timeout=TIMEOUT_S)
-
-        assert self._go.acquire(timeout=TIMEOUT_S)
         try:
             with torch.inference_mode():
-                self._result.copy_(self._forward(cut))
+                self._result.copy_(self._forward())
         except BaseException as error:
             self._error = error
-        self._stopped.release()
-
-
-class _ReplaySegment:
-    def __init__(self, run: _Run, number: int) -> None:
-        self._run, self._number, self._looks = run, number, 0
-
-    def run(self) -> None:
-        self._looks = 0
-        self._run.advance(self._number)
 
     def is_done(self) -> bool:
-        self._looks += 1
-        return self._looks > 2  # so that somebody waits
+        assert self._thread is not None
+        self._thread.join(timeout=0.001)
+        if self._error is not None:
+            raise self._error
+        return not self._thread.is_alive()
 
 
-def share(elements: int) -> Shared:
+def share(elements: int, dtype: torch.dtype) -> Shared:
     """Memory that host and device, the same here, both see."""
-    host: np.ndarray[Any, Any] = np.zeros(elements, dtype=np.float32)
+    host: np.ndarray[Any, Any] = np.zeros(elements, dtype=NUMPY[dtype])
     return Shared(host, torch.from_numpy(host))

@@ -1,11 +1,14 @@
 """The GPU's kernels in torch operations, for tests on a CPU of what calls them."""
 
+import time
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from raymoe.kernels.gpu import GpuKernels
+
+TIMEOUT_S = 60.0
 
 
 class TorchKernels(GpuKernels):
@@ -86,16 +89,23 @@ class TorchKernels(GpuKernels):
         weights_K: torch.Tensor,
         logits_E: torch.Tensor | None,
         coming_E: torch.Tensor | None,
+        hidden_H: torch.Tensor | None,
         told: torch.Tensor,
     ) -> None:
-        parts = [part.view(-1).float() for part in (experts_K, weights_K, logits_E, coming_E) if part is not None]
+        values = (experts_K, weights_K, logits_E, coming_E, hidden_H)
+        parts = [part.view(-1).float() for part in values if part is not None]
         joined = torch.cat(parts)
         told[: joined.numel()].copy_(joined)
 
-    def fetch(self, decided: torch.Tensor, slots_K: torch.Tensor, weights_K: torch.Tensor) -> None:
-        k = slots_K.numel()
-        slots_K.copy_(decided[:k])
-        weights_K.copy_(decided[k : 2 * k])
+    def fetch(self, decided: torch.Tensor, turn: torch.Tensor, slots_K: torch.Tensor, weights_K: torch.Tensor) -> None:
+        values, k = awaited(decided, int(turn) + 1), slots_K.numel()
+        turn += 1
+        slots_K.copy_(values[:k])
+        weights_K.copy_(values[k:].view(torch.float32))
+
+    def assist(self, sums: torch.Tensor, turn: torch.Tensor, slots_K: torch.Tensor, output_H: torch.Tensor) -> None:
+        if int(slots_K.min()) < 0:
+            output_H += awaited(sums, int(turn)).view(torch.float32)
 
     def gate_up(
         self,
@@ -109,6 +119,9 @@ class TorchKernels(GpuKernels):
     ) -> None:
         slots = (index_P if table is None else table[index_P]).tolist()
         for pair, slot in enumerate(slots):
+            if slot < 0:
+                inner_PI[pair] = 0
+                continue
             gate, up = F.linear(x_RH[pair * x_RH.shape[0] // len(slots)], weight[slot]).chunk(2)
             inner_PI[pair] = F.silu(gate) * up
 
@@ -129,3 +142,12 @@ class TorchKernels(GpuKernels):
         if weights_P is not None:
             plain = (plain * weights_P.view(-1, 1)).view(rows, len(slots) // rows, -1).sum(dim=1)
         output.copy_(plain)
+
+
+def awaited(words: torch.Tensor, turn: int) -> torch.Tensor:
+    """The values of words of a turn, int32, as soon as all are."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while int((words >> 32).min()) < turn:
+        assert time.monotonic() < deadline, "the host did not answer"
+        time.sleep(0)
+    return words.to(torch.int32)

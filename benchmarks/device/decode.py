@@ -12,13 +12,15 @@ import torch
 from benchmarks.device.synthetic import GivenRouting, Shape, freed, moe_layers, on_device
 from raymoe.checkpoint.architectures import experts_modules
 from raymoe.config import SchedulingConfig
+from raymoe.engine.dialogue import Share
 from raymoe.engine.dispatch import Dispatcher
 from raymoe.engine.scheduler import ExpertScheduler
-from raymoe.engine.turns import DeviceTurns, Share
+from raymoe.engine.turns import DeviceTurns
 from raymoe.experts.host_store import HostStore
-from raymoe.experts.link import Link
+from raymoe.experts.loader import Loader
 from raymoe.experts.worker import ExpertWorker
 from raymoe.kernels.gpu import GpuKernels
+from raymoe.kernels.native import NativeKernels
 from raymoe.model.captured import CapturedDecode, Recorder
 from raymoe.model.runner import Runner
 from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing
@@ -46,20 +48,28 @@ RESIDENT = Policy(name="resident", scheduling=SchedulingConfig(policy="all_resid
 LRU = Policy(name="lru", scheduling=SchedulingConfig(policy="on_demand"))
 
 
-def importance(alpha: float, prefetch: str) -> SchedulingConfig:
-    """Of policy importance; the host computes nothing."""
+def importance(alpha: float, prefetch: str, host_assist: bool = False) -> SchedulingConfig:
+    """Of policy importance."""
     return SchedulingConfig.model_validate(
-        {"policy": "importance", "alpha": alpha, "prefetch": prefetch, "host_assist": False}
+        {"policy": "importance", "alpha": alpha, "prefetch": prefetch, "host_assist": host_assist}
     )
+
+
+def by_importance(alpha: float, prefetch: str, host_assist: bool) -> Policy:
+    """One whose name tells all."""
+    name = f"importance_{alpha:g}{'_gate' if prefetch == 'gate' else ''}{'_assist' if host_assist else ''}"
+    foreseen = "gate" if prefetch == "gate" else ""
+    return Policy(name=name, scheduling=importance(alpha, prefetch, host_assist), alpha=alpha, foreseen=foreseen)
 
 
 POLICIES = (
     LRU,
-    Policy(name="importance_0.25", scheduling=importance(0.25, "gate"), alpha=0.25, foreseen="gate"),
-    Policy(name="importance_0.5", scheduling=importance(0.5, "gate"), alpha=0.5, foreseen="gate"),
-    Policy(name="importance_0.25_no_prefetch", scheduling=importance(0.25, "none"), alpha=0.25),
+    by_importance(0.25, "gate", True),
+    by_importance(0.25, "none", True),
+    by_importance(0.25, "gate", False),
+    by_importance(0.25, "none", False),
     Policy(name="shadow", scheduling=importance(0.0, "none"), foreseen="shadow"),
-    Policy(name="shadow_0.25", scheduling=importance(0.25, "none"), alpha=0.25, foreseen="shadow"),
+    Policy(name="shadow_0.25_assist", scheduling=importance(0.25, "none", True), alpha=0.25, foreseen="shadow"),
 )
 
 
@@ -107,8 +117,8 @@ class TimedTurns(DeviceTurns):
     """Turns that note how long decisions take, and whose forecasts are given.
 
     Attributes:
-        decide_s: so far in this step.
-        coming_MLE: a shadow's forecasts of this step's layers and of the next's.
+        decide_s: so far in this step, less what was waited for loads.
+        coming_ME: a shadow's forecasts of this step's layers and of the next's.
     """
 
     def __init__(self, given: GivenRouting, foreseen: str, *args: Any, **kwargs: Any) -> None:
@@ -124,12 +134,12 @@ class TimedTurns(DeviceTurns):
         return self._given.coming_LE[layer + 1]
 
     def decide(self, layer: int) -> None:
-        start = time.perf_counter()
+        start, waited_s = time.perf_counter(), self._staging.waited_s
         super().decide(layer)
-        self.decide_s += time.perf_counter() - start
+        self.decide_s += time.perf_counter() - start - (self._staging.waited_s - waited_s)
 
-    def launched(self, layer: int) -> None:
-        super().launched(layer)
+    def look_ahead(self, layer: int) -> None:
+        super().look_ahead(layer)
         if self._foreseen != "shadow":
             return
         layers = len(self._given.coming_LE)
@@ -149,6 +159,7 @@ class Bench:
     kernels: GpuKernels
     new_recorder: Callable[[], Recorder]
     share: Share | None = None
+    native: NativeKernels | None = None
     read_expert: Any = None
 
     def __post_init__(self) -> None:
@@ -177,14 +188,26 @@ class Bench:
         return trunk - table + self.shape.layers * self.shape.top_k * self.expert_bytes
 
     def run(
-        self, policy: Policy, slots: int | None, trace: Trace, warm_up: int, steps: int, link: Link | None = None
+        self,
+        policy: Policy,
+        slots: int | None,
+        trace: Trace,
+        warm_up: int,
+        steps: int,
+        new_loader: Callable[[], Loader] | None = None,
     ) -> Timed:
         """Decode ``warm_up + steps`` tokens; the last ``steps`` are timed."""
         with freed():
-            return self._run(policy, slots, trace, warm_up, steps, link)
+            return self._run(policy, slots, trace, warm_up, steps, new_loader)
 
     def _run(
-        self, policy: Policy, slots: int | None, trace: Trace, warm_up: int, steps: int, link: Link | None
+        self,
+        policy: Policy,
+        slots: int | None,
+        trace: Trace,
+        warm_up: int,
+        steps: int,
+        new_loader: Callable[[], Loader] | None,
     ) -> Timed:
         worker = ExpertWorker(
             name=NAME,
@@ -194,7 +217,8 @@ class Bench:
             dtype=self.dtype,
             device=self.model.device,
             slot_budget_bytes=(slots or len(self.keys)) * self.expert_bytes,
-            link=link,
+            new_loader=new_loader,
+            kernels=self.native,
             scheduling=policy.scheduling,
             store=self.store,
         )

@@ -10,6 +10,7 @@ together shares the change, only some loads are timed, and computing waits for t
 Used by the engine's thread.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,12 +26,13 @@ from raymoe.experts.packing import PackedExpert
 
 PIECE_BYTES = 4 << 20  # of a prefetch: 97% of a PCIe 5 link's peak, and 0.08 ms that an urgent load may have to wait
 WINDOW = 2  # pieces enqueued: 0.15 ms of that link, longer than whoever pumps does anything else
+LOOKS = 4096  # between two looks at the clock, of a microsecond each
 TIMED_EVERY = 8  # loads; all of them while somebody looks
 
 
 @dataclass(slots=True, eq=False)
 class CudaTicket:
-    """A load: computing waits for it on the device, the host does not.
+    """A load: computing waits for it on the device, or, with ``land``, the host.
 
     Attributes:
         is_timed: whether its beginning is marked.
@@ -58,6 +60,18 @@ class CudaTicket:
         self.hurry()
         if self.ended is not None:
             self.loader.let_wait(self.ended, self.place)
+
+    def land(self, timeout_s: float) -> None:
+        """Wait on the host, and let prefetches follow meanwhile."""
+        self.hurry()
+        looks, deadline_s = 0, 0.0
+        while not self.is_done():
+            looks += 1
+            if looks % LOOKS == 0:
+                now_s = time.monotonic()
+                deadline_s = deadline_s or now_s + timeout_s
+                if now_s > deadline_s:
+                    raise TimeoutError(f"an expert was not loaded within {timeout_s:g} s")
 
     def hurry(self) -> None:
         """Enqueue what is left of it before all other prefetches."""

@@ -35,6 +35,10 @@ class Ticket(Protocol):
         ...
 
     def wait(self, timeout_s: float) -> None:
+        """Computing from now on finds the load ended. Raises TimeoutError where it takes too long."""
+        ...
+
+    def land(self, timeout_s: float) -> None:
         """Return when the load has ended. Raises TimeoutError where it takes too long."""
         ...
 
@@ -106,6 +110,10 @@ class ThreadTicket:
         """Wait until loaded."""
         if not self.done.wait(timeout_s):
             raise TimeoutError(f"an expert was not loaded within {timeout_s:g} s")
+
+    def land(self, timeout_s: float) -> None:
+        """The same."""
+        self.wait(timeout_s)
 
     def hurry(self) -> None:
         """Overtake prefetches from the next piece on."""

@@ -57,16 +57,33 @@ class Shelf(Bay):
         """Shield what the call needs, start loading what is missing, and say what the host shall compute."""
         return self._begin_step(layer, experts_P, rows, scores_E, host_may=rows <= MOST_HOST_ROWS)
 
-    def stage(self, layer: int, experts_K: np.ndarray, scores_E: np.ndarray | None) -> np.ndarray:
-        """A call of one row, to be computed from the slots that are returned, one per expert, as soon as the loads that
-        computing waits for are done.
+    def take(self, layer: int, experts_K: np.ndarray) -> np.ndarray | None:
+        """The slots of a row's experts, if all are ready; they are shielded until the next call. Else None."""
+        with self._lock:
+            slots_K: np.ndarray = self.residency.ready_slot_LE[layer][experts_K]
+            if slots_K.min() < 0:
+                if not self._tickets:
+                    return None
+                self._settle(layer)
+                slots_K = self.residency.ready_slot_LE[layer][experts_K]
+                if slots_K.min() < 0:
+                    return None
+            self.residency.unshield(slice(None))
+            self.residency.shielded_S[slots_K] = True
+            return slots_K
+
+    def begin_row(self, layer: int, experts_K: np.ndarray, scores_E: np.ndarray | None, *, host_may: bool) -> Step:
+        """A call of one row that is computed from the slots where its experts are, once ``land`` has returned.
 
         They are shielded until the next call, by when the device must have computed them. There must be as many slots.
+        """
+        return self._begin_step(layer, experts_K, 1, scores_E, host_may=host_may, settles=layer)
+
+    def land(self, step: Step, experts_K: np.ndarray) -> np.ndarray:
+        """The slots of the row's experts when all are loaded; -1 for those that the host is to compute.
+
         Raises what a load failed with.
         """
-        step = self._begin_step(layer, experts_K, 1, scores_E, host_may=False, settles=layer)
-        if step.is_ready:
-            return step.slots_P
         deadline = time.monotonic() + LOAD_TIMEOUT_S
         while step.waiting:  # all other slots are taken by prefetches under way
             if time.monotonic() > deadline:
@@ -76,15 +93,25 @@ class Shelf(Bay):
             if step.waiting:
                 time.sleep(SLOT_WAIT_S)
         with self._lock:
+            self._prefetch_next()  # behind the row's own loads, so that the link goes on
             tickets = [ticket for i in step.arriving if (ticket := self._tickets.get(i)) is not None]
-            slots = [self.residency.slot_of[expert_id(layer, expert)] for expert in experts_K.tolist()]
-        for ticket in reversed(tickets):  # a device's copies are in one order: it need only wait for the last
-            ticket.wait(LOAD_TIMEOUT_S)
-            if (
-                ticket.error is not None
-            ):  # known by now where the host has waited itself; never compute what is not there
+            hosted, slot_of = set(step.hosted), self.residency.slot_of
+            wanted = [expert_id(step.layer, expert) for expert in experts_K.tolist()]
+            slots = [-1 if i in hosted else slot_of[i] for i in wanted]
+        for ticket in reversed(tickets):  # a device's copies are in one order: when the last has ended, all have
+            ticket.land(LOAD_TIMEOUT_S)
+        for ticket in tickets:
+            if ticket.error is not None:  # never compute what is not there
                 raise ticket.error
         return np.array(slots, dtype=np.int32)
+
+    def order_hosted(self) -> None:
+        """What the host computed of the last row is ordered for later, when the link is free."""
+        step = self._step
+        if step is not None and step.hosted:
+            with self._lock:
+                self.counters.hosted += len(step.hosted)
+                self._order(step.layer, {i: self.keeper.worth(*layer_and_expert(i)) for i in step.hosted})
 
     def _begin_step(
         self,

@@ -1,16 +1,20 @@
-"""Calls of one row for which a device computes straight from the slots, and waits for loads by itself: the host only
-sees to it that what is needed is in a slot or on its way there.
+"""Calls of one row for which a device computes straight from the slots: the host only sees to it that what is needed is
+in a slot, or computes it itself.
 
 Used by the engine's thread.
 
-K experts per token.
+K experts per token, H hidden.
 """
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from raymoe.errors import ExpertUnavailableError
-from raymoe.experts.call import ExpertAnswer
+from raymoe.experts.call import ExpertAnswer, layer_and_expert
 from raymoe.experts.cuda_loader import CudaLoader
 from raymoe.experts.loader import Loader
 from raymoe.experts.shelf import Shelf
@@ -18,17 +22,35 @@ from raymoe.experts.slots import SlotPool
 from raymoe.experts.usage import Usage
 from raymoe.types import DeviceName
 
+OnHost = Callable[[int, np.ndarray, torch.Tensor], torch.Tensor]
+"""(layer, int32 experts [N], hidden [1, H]) -> unweighted outputs [N, H]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Where one row's experts are.
+
+    Attributes:
+        slots_K: int32; -1 for those that the host has computed.
+        sum_H: the weighted sum of these, float32; None where there are none.
+    """
+
+    slots_K: np.ndarray
+    sum_H: np.ndarray | None = None
+
 
 class Staging:
     """A worker's slots, step by step.
 
     Attributes:
         name: of the device.
+        waited_s: seconds for which loads were waited for in the last step.
 
     Args:
         shelves: its slots; ``of_layer``: which of them serves each layer.
         owned: bool per expert of each layer, whether it is in the worker's shard.
         usage: counts who is asked for.
+        on_host: computes experts from host memory; hidden_L: width of each layer's rows, dtype: their precision.
     """
 
     def __init__(
@@ -39,6 +61,9 @@ class Staging:
         loader: Loader,
         owned: list[np.ndarray],
         usage: Usage,
+        on_host: OnHost,
+        hidden_L: list[int],
+        dtype: torch.dtype,
     ) -> None:
         self.name = name
         self._shelves = shelves
@@ -46,7 +71,20 @@ class Staging:
         self._owned = owned
         self._usage = usage
         self._loader = loader if isinstance(loader, CudaLoader) else None
-        self._before = (0, 0)
+        self._before = (0, 0, 0)
+        self._on_host = on_host
+        self._hidden_L = hidden_L
+        self._dtype = dtype
+        self.waited_s = 0.0
+
+    @property
+    def may_assist(self) -> bool:
+        """Whether the host computes experts too."""
+        return any(shelf.host_cost is not None for shelf in self._shelves)
+
+    def hidden(self, layer: int) -> int:
+        """Elements of a layer's rows."""
+        return self._hidden_L[layer]
 
     @property
     def most_experts(self) -> int:
@@ -70,18 +108,56 @@ class Staging:
     def begin(self) -> None:
         """A step begins: the host has seen the end of all computing in slots that loads may take."""
         self._before = self._pairs()
+        self.waited_s = 0.0
         if self._loader is not None:
             self._loader.follows_host = True
 
-    def stage(self, layer: int, experts_K: np.ndarray, scores_E: np.ndarray | None) -> np.ndarray:
-        """The slot of each expert of one row; see ``Shelf.stage``.
+    def take(self, layer: int, experts_K: np.ndarray) -> np.ndarray | None:
+        """The slots of one row's experts, int32, which are shielded until the next call, if all are there; else None.
+
+        Nothing is noted: ``stage`` must follow, while the device computes.
+        """
+        return self._by_layer[layer].take(layer, experts_K)
+
+    def stage(
+        self,
+        layer: int,
+        experts_K: np.ndarray,
+        scores_E: np.ndarray | None,
+        weights_K: np.ndarray,
+        state_H: np.ndarray | None = None,
+    ) -> Staged:
+        """Have every expert of one row in a slot, or computed by the host; see ``Shelf.begin_row``.
 
         Raises ExpertUnavailableError where an expert is not in the worker's shard.
+
+        Args:
+            weights_K: of the experts, float32.
+            state_H: the row, float32; None: the host computes nothing.
         """
         if not self._owned[layer][experts_K].all():
             raise ExpertUnavailableError(f'device "{self.name}" does not own all experts asked for in layer {layer}')
         self._usage.note(layer, experts_K)
-        return self._by_layer[layer].stage(layer, experts_K, scores_E)
+        shelf = self._by_layer[layer]
+        step = shelf.begin_row(layer, experts_K, scores_E, host_may=state_H is not None)
+        if step.is_ready:
+            return Staged(step.slots_P)
+        sum_H = None
+        if step.hosted:
+            assert state_H is not None
+            experts = np.array([layer_and_expert(identifier)[1] for identifier in step.hosted], dtype=np.int32)
+            hidden_1H = torch.from_numpy(state_H).to(self._dtype).view(1, -1)
+            output_NH = self._on_host(layer, experts, hidden_1H).float().numpy()
+            weights_N = np.array([weights_K[(experts_K == expert).argmax()] for expert in experts], dtype=np.float32)
+            sum_H = weights_N @ output_NH
+        start = time.perf_counter()
+        slots_K = shelf.land(step, experts_K)
+        self.waited_s += time.perf_counter() - start
+        return Staged(slots_K, sum_H)
+
+    def order_hosted(self, layer: int) -> None:
+        """What the host has computed of the layer's row is loaded later, when the link is free."""
+        self._by_layer[layer].order_hosted()
 
     def pump(self) -> None:
         """Let prefetches go on; for whoever waits for the device."""
@@ -94,13 +170,14 @@ class Staging:
         """The step has ended. What it cost, without any output."""
         if self._loader is not None:
             self._loader.follows_host = False
-        hits, misses = (after - before for after, before in zip(self._pairs(), self._before, strict=True))
+        hits, misses, hosted = (after - before for after, before in zip(self._pairs(), self._before, strict=True))
         changes = [shelf.take_changes() for shelf in self._shelves]
         loads = [loads for _, _, loads in changes]
         return ExpertAnswer(
             output_PH=torch.empty((0, 0)),
             hits=hits,
             misses=misses,
+            hosted=hosted,
             loads=sum(loads),
             bytes_loaded=sum(count * shelf.expert_bytes for count, shelf in zip(loads, self._shelves, strict=True)),
             loaded=tuple(i for loaded, _, _ in changes for i in loaded),
@@ -108,7 +185,7 @@ class Staging:
             load_s=max((s for shelf in self._shelves if (s := shelf.load_cost.mean_s) is not None), default=None),
         )
 
-    def _pairs(self) -> tuple[int, int]:
-        """Hits and misses so far."""
+    def _pairs(self) -> tuple[int, int, int]:
+        """Hits, misses, and misses that the host computed, so far."""
         counters = [shelf.counters for shelf in self._shelves]
-        return sum(each.hits for each in counters), sum(each.misses for each in counters)
+        return sum(c.hits for c in counters), sum(c.misses for c in counters), sum(c.hosted for c in counters)

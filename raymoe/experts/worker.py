@@ -75,6 +75,7 @@ class ExpertWorker:
         slot_budget_bytes: strict limit for slots; None computes straight from host memory on a CPU without
             a link, and elsewhere gives every owned expert a slot.
         link: how experts reach the slots on a CPU; None is a plain copy.
+        new_loader: makes what moves them instead, on any device.
         kernels: native kernels, or None to compute with torch.
         scheduling: whether slots cache, how they evict, and whether to prefetch and to compute on the host.
         store: host memory that holds the shard already, or is shared; None: one of its own.
@@ -92,6 +93,7 @@ class ExpertWorker:
         device: torch.device,
         slot_budget_bytes: int | None = None,
         link: Link | None = None,
+        new_loader: Callable[[], Loader] | None = None,
         kernels: NativeKernels | None = None,
         scheduling: SchedulingConfig | None = None,
         store: HostStore | None = None,
@@ -106,6 +108,7 @@ class ExpertWorker:
         self.store = store or HostStore(read_expert, self._arena, guard)
         self.has_slots = slot_budget_bytes is not None or link is not None or device.type == "cuda"
         self._link = link or MemoryLink()
+        self._new_loader = new_loader
         self._loader: Loader | None = None
         self._computes = [LayerCompute(module, dtype, device, kernels) for module in modules]
         self._tables = [WeightTable(layer.num_experts) for layer in layers]
@@ -217,7 +220,9 @@ class ExpertWorker:
 
     def _make_slots(self, keys: list[ExpertKey]) -> None:
         loader: Loader
-        if self.device.type == "cuda" and not self._link.emulated:
+        if self._new_loader is not None:
+            loader = self._new_loader()
+        elif self.device.type == "cuda" and not self._link.emulated:
             loader = CudaLoader(CudaCopyStream(self.device))
         else:
             loader = ThreadLoader(self._link, self.name)
@@ -417,10 +422,8 @@ class ExpertWorker:
         watch = self._watch
         if watch is not None:
             watch.computed(call, call.experts_P[mine_P], start, "hosted")
-        bay = self._bay(call.layer)
-        cost = bay.host_cost if isinstance(bay, Shelf) else None
-        if cost is not None and not self._link.emulated and len(mine_P) == len(step.hosted):
-            cost.add((time.perf_counter() - start) / len(step.hosted))
+        if len(mine_P) == len(step.hosted):
+            self._note_host_cost(call.layer, time.perf_counter() - start, len(mine_P))
         output_PH[torch.from_numpy(mine_P).to(output_PH.device)] = output.to(output_PH.device)
         return len(mine_P)
 
@@ -451,7 +454,32 @@ class ExpertWorker:
         shelves = [bay for bay in self._bays if isinstance(bay, Shelf)]
         if self._loader is None or len(shelves) < len(self._bays):
             return None
-        return Staging(DeviceName(self.name), shelves, self._bay_of_layer, self._loader, self._owned, self._usage)
+        return Staging(
+            DeviceName(self.name),
+            shelves,
+            self._bay_of_layer,
+            self._loader,
+            self._owned,
+            self._usage,
+            self._on_host,
+            [self._hidden(layer) for layer in range(len(self.layers))],
+            self.dtype,
+        )
+
+    def _on_host(self, layer: int, experts_N: np.ndarray, hidden_1H: torch.Tensor) -> torch.Tensor:
+        """Unweighted outputs [N, H] of one layer's experts for one row, from host memory."""
+        start = time.perf_counter()
+        rows_N = np.zeros(len(experts_N), dtype=np.int32)
+        output_NH = self._host_computes[layer](self._tables[layer], experts_N, hidden_1H, rows_N)
+        self._note_host_cost(layer, time.perf_counter() - start, len(experts_N))
+        return output_NH
+
+    def _note_host_cost(self, layer: int, took_s: float, experts: int) -> None:
+        """So many experts took the host so long together; an imitated host has a time of its own."""
+        bay = self._bay(layer)
+        cost = bay.host_cost if isinstance(bay, Shelf) else None
+        if cost is not None and not self._link.emulated:
+            cost.add(took_s / experts)
 
     # --- outside of calls -------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ C_COMPILERS = ("gcc", "clang")  # that Triton looks for
 MOST_EXPERTS = 1024  # of a layer: the router's kernel keeps all scores of a token in registers
 MOST_COLUMNS = 1 << 15  # of a norm: one block holds a row
 SPAN = 64  # places of the cache that one program attends to
+ASSIST_BLOCK = 256  # elements of the host's sum that one program fetches
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -221,29 +222,54 @@ class GpuKernels:
         weights_K: torch.Tensor,
         logits_E: torch.Tensor | None,
         coming_E: torch.Tensor | None,
+        hidden_H: torch.Tensor | None,
         told: torch.Tensor,
     ) -> None:
-        """Everything the host decides by, in one piece of float32: experts, weights, logits, foreseen logits."""
-        top_k, experts, coming = experts_K.numel(), numel(logits_E), numel(coming_E)
+        """Everything the host decides by, in one piece of float32: experts, weights, logits, foreseen logits, state."""
+        top_k, experts, coming, hidden = experts_K.numel(), numel(logits_E), numel(coming_E), numel(hidden_H)
         self._kernels.publish_kernel[(1,)](
             experts_K,
             weights_K,
             weights_K if logits_E is None else logits_E,
             weights_K if coming_E is None else coming_E,
+            weights_K if hidden_H is None else hidden_H,
             told,
             K=top_k,
             E=experts,
             NEXT=coming,
+            H=hidden,
             BLOCK_K=power_of_two(top_k),
             BLOCK_E=power_of_two(experts),
             BLOCK_NEXT=power_of_two(coming),
-            num_warps=1,
+            BLOCK_H=power_of_two(hidden),
+            num_warps=4 if hidden else 1,
         )
 
-    def fetch(self, decided: torch.Tensor, slots_K: torch.Tensor, weights_K: torch.Tensor) -> None:
-        """What the host has decided, as float32 slots and weights, into device memory."""
+    def fetch(self, decided: torch.Tensor, turn: torch.Tensor, slots_K: torch.Tensor, weights_K: torch.Tensor) -> None:
+        """Wait for the host's slots and weights.
+
+        Args:
+            decided: int64 [2 K], words of turn and value; turn: int64 [1], how often this was run.
+        """
         top_k = slots_K.numel()
-        self._kernels.fetch_kernel[(1,)](decided, slots_K, weights_K, K=top_k, BLOCK_K=power_of_two(top_k), num_warps=1)
+        self._kernels.fetch_kernel[(1,)](
+            decided, turn, slots_K, weights_K, K=top_k, BLOCK=power_of_two(2 * top_k), num_warps=1
+        )
+
+    def assist(self, sums: torch.Tensor, turn: torch.Tensor, slots_K: torch.Tensor, output_H: torch.Tensor) -> None:
+        """Add what the host has computed, int64 [H] words of turn and value, if a slot of this turn is -1."""
+        hidden, top_k = sums.numel(), slots_K.numel()
+        self._kernels.assist_kernel[(-(-hidden // ASSIST_BLOCK),)](
+            sums,
+            turn,
+            slots_K,
+            output_H,
+            H=hidden,
+            K=top_k,
+            BLOCK_K=power_of_two(top_k),
+            BLOCK=ASSIST_BLOCK,
+            num_warps=4,
+        )
 
     def gate_up(
         self,

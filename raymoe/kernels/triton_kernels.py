@@ -212,15 +212,19 @@ def publish_kernel(
     weights_ptr,
     logits_ptr,
     next_ptr,
+    hidden_ptr,
     told_ptr,
     K: tl.constexpr,
     E: tl.constexpr,
     NEXT: tl.constexpr,
+    H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_NEXT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    """What the host decides by, float32 in one piece: [K] experts, [K] weights, [E] logits, [NEXT] foreseen logits."""
+    """What the host decides by, float32 in one piece: [K] experts, [K] weights, [E] logits, [NEXT] foreseen logits, and
+    the state [H]."""
     place, expert, coming = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_NEXT)
     tl.store(told_ptr + place, tl.load(experts_ptr + place, mask=place < K, other=0).to(tl.float32), mask=place < K)
     weights = tl.load(weights_ptr + place, mask=place < K, other=0.0).to(tl.float32)
@@ -231,16 +235,51 @@ def publish_kernel(
     if NEXT > 0:
         foreseen = tl.load(next_ptr + coming, mask=coming < NEXT, other=0.0).to(tl.float32)
         tl.store(told_ptr + 2 * K + E + coming, foreseen, mask=coming < NEXT)
+    if H > 0:
+        h = tl.arange(0, BLOCK_H)
+        hidden = tl.load(hidden_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        tl.store(told_ptr + 2 * K + E + NEXT + h, hidden, mask=h < H)
 
 
 @triton.jit
-def fetch_kernel(decided_ptr, slots_ptr, weights_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """What the host has decided, float32 [K] slots and [K] weights, into device memory."""
-    place = tl.arange(0, BLOCK_K)
-    slots = tl.load(decided_ptr + place, mask=place < K, other=0.0)
-    tl.store(slots_ptr + place, slots.to(tl.int64), mask=place < K)
-    weights = tl.load(decided_ptr + K + place, mask=place < K, other=0.0)
-    tl.store(weights_ptr + place, weights, mask=place < K)
+def fetch_kernel(decided_ptr, turn_ptr, slots_ptr, weights_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Wait for what the host decides, [K] slots and [K] weights, and put it into device memory.
+
+    A word of ``decided`` is 64 bits: the turn that it belongs to, and 32 bits of value. So no order among the host's
+    writes has to be relied on. ``turn`` counts how often this was run.
+    """
+    place = tl.arange(0, BLOCK)
+    turn = tl.load(turn_ptr) + 1
+    words = tl.load(decided_ptr + place, mask=place < 2 * K, other=0x7FFFFFFFFFFFFFFF, volatile=True)
+    while tl.min(words >> 32, axis=0) < turn:
+        words = tl.load(decided_ptr + place, mask=place < 2 * K, other=0x7FFFFFFFFFFFFFFF, volatile=True)
+    tl.store(turn_ptr, turn)
+    value = words.to(tl.int32)
+    tl.store(slots_ptr + place, value.to(tl.int64), mask=place < K)
+    tl.store(weights_ptr + place - K, value.to(tl.float32, bitcast=True), mask=(place >= K) & (place < 2 * K))
+
+
+@triton.jit
+def assist_kernel(
+    sum_ptr,
+    turn_ptr,
+    slots_ptr,
+    output_ptr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add what the host has computed, [H] words as in ``fetch_kernel``, where a slot is -1: its own expert."""
+    place, h = tl.arange(0, BLOCK_K), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slots = tl.load(slots_ptr + place, mask=place < K, other=0)
+    if tl.min(slots, axis=0) < 0:
+        turn = tl.load(turn_ptr)
+        words = tl.load(sum_ptr + h, mask=h < H, other=0x7FFFFFFFFFFFFFFF, volatile=True)
+        while tl.min(words >> 32, axis=0) < turn:
+            words = tl.load(sum_ptr + h, mask=h < H, other=0x7FFFFFFFFFFFFFFF, volatile=True)
+        output = tl.load(output_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        tl.store(output_ptr + h, output + words.to(tl.int32).to(tl.float32, bitcast=True), mask=h < H)
 
 
 @triton.jit
@@ -267,16 +306,18 @@ def gate_up_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """silu(gate . x) * (up . x) of each pair, [pairs, I]; pair p belongs to row p // PER_ROW."""
+    """silu(gate . x) * (up . x) of each pair, [pairs, I]; pair p belongs to row p // PER_ROW. Slot -1: zeros."""
     pair = tl.program_id(1)
+    slot = slot_of(index_ptr, table_ptr, pair, HAS_TABLE)
     i, h = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_H)
-    base = weight_ptr + slot_of(index_ptr, table_ptr, pair, HAS_TABLE) * slot_stride
+    base = weight_ptr + slot * slot_stride
+    here = i < tl.where(slot >= 0, I, 0)
     gate = tl.zeros((BLOCK_I, BLOCK_H), dtype=tl.float32)
     up = tl.zeros((BLOCK_I, BLOCK_H), dtype=tl.float32)
     rows = base + i[:, None] * H
     for start in range(0, H, BLOCK_H):
         inside = start + h < H
-        both = (i < I)[:, None] & inside[None, :]
+        both = here[:, None] & inside[None, :]
         x = tl.load(x_ptr + (pair // PER_ROW) * H + start + h, mask=inside, other=0.0).to(tl.float32)[None, :]
         gate += tl.load(rows + (start + h)[None, :], mask=both, other=0.0).to(tl.float32) * x
         up += tl.load(rows + I * H + (start + h)[None, :], mask=both, other=0.0).to(tl.float32) * x
@@ -304,21 +345,24 @@ def down_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """The down projection. WEIGHTED: summed over the pairs of a row by their weights, [rows, H]; else [pairs, H]."""
+    """The down projection. WEIGHTED: summed over the pairs of a row by their weights, [rows, H]; else [pairs, H].
+
+    A slot of -1 adds nothing."""
     row = tl.program_id(1)
     h, i = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_I)
     dtype = output_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_H,), dtype=tl.float32)
     for place in tl.static_range(PER_ROW):
         pair = row * PER_ROW + place
-        base = weight_ptr + slot_of(index_ptr, table_ptr, pair, HAS_TABLE) * slot_stride
+        slot = slot_of(index_ptr, table_ptr, pair, HAS_TABLE)
+        base = weight_ptr + slot * slot_stride
+        here = h < tl.where(slot >= 0, H, 0)
         part = tl.zeros((BLOCK_H, BLOCK_I), dtype=tl.float32)
         for start in range(0, I, BLOCK_I):
             inside = start + i < I
             x = tl.load(inner_ptr + pair * I + start + i, mask=inside, other=0.0).to(tl.float32)[None, :]
-            w = tl.load(
-                base + h[:, None] * I + (start + i)[None, :], mask=(h < H)[:, None] & inside[None, :], other=0.0
-            )
+            both = here[:, None] & inside[None, :]
+            w = tl.load(base + h[:, None] * I + (start + i)[None, :], mask=both, other=0.0)
             part += w.to(tl.float32) * x
         value = tl.sum(part, axis=1).to(dtype).to(tl.float32)
         if WEIGHTED:

@@ -1,14 +1,14 @@
-"""The decode step of one sequence as CUDA graphs: captured once, replayed for every token.
+"""The decode step of one sequence as a CUDA graph: captured once, replayed for every token.
 
-Where every expert has a slot the step is one graph. Otherwise it is cut in each MoE layer, where the host decides which
-experts are computed and loads what is missing: the model's own forward runs once, and whenever it comes to its experts
-the capture ends and a new one begins. So no architecture is taken apart by hand, and nothing is allocated in a step.
+Where every expert has a slot the host has nothing to do with it. Otherwise the graph stops in each MoE layer until the
+host has decided which experts are computed and what was missing has been loaded (``engine.turns``): a kernel looks at a
+word of host memory, which costs a few microseconds, where ending the graph there and launching another would cost
+several times that. So no architecture is taken apart by hand, and nothing is allocated or launched in a step.
 
 The sequence's entries lie in a ``FixedCache`` meanwhile; whoever needs its own cache again calls ``release``.
 """
 
 import logging
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,73 +16,65 @@ from typing import Any, Protocol
 import torch
 
 from raymoe.checkpoint.architectures import experts_modules
-from raymoe.errors import EngineStoppedError
 from raymoe.model.fixed_cache import FixedCache, capacity_for, why_not_fixed
 from raymoe.model.runner import SequenceState
 
 log = logging.getLogger(__name__)
 
-DEVICE_TIMEOUT_S = 60.0  # for one segment, loads included: a guard against a device that hangs
-LOOKS = 4096  # between two looks at the clock, of some microseconds each
 WARM_UPS = 2  # runs before capturing: libraries set themselves up, kernels are compiled
 
-Cut = Callable[[], None]
 ForwardOne = Callable[[torch.Tensor, torch.Tensor, Any], Any]
 
 
 class StepExperts(Protocol):
-    """Who computes experts in a captured step.
-
-    Attributes:
-        is_whole: whether the host decides nothing, so that the step need not be cut.
-    """
-
-    is_whole: bool
+    """Who computes experts in a captured step."""
 
     def compute(
-        self, layer: int, hidden_1H: torch.Tensor, experts_1K: torch.Tensor, weights_1K: torch.Tensor, cut: Cut
+        self, layer: int, hidden_1H: torch.Tensor, experts_1K: torch.Tensor, weights_1K: torch.Tensor
     ) -> torch.Tensor:
-        """Enqueue a layer's experts; the weighted sum of their outputs [1, H]. Calls ``cut`` where the host decides."""
+        """Enqueue a layer's experts; the weighted sum of their outputs [1, H]."""
         ...
 
-    def decide(self, layer: int) -> None:
-        """Between the two segments of a layer: the first is done, the second is about to be enqueued."""
+    def open(self) -> None:
+        """Until ``begin``, steps run without waiting for the host, and compute nothing of use."""
         ...
 
-    def meanwhile(self) -> None:
-        """While the host waits for a segment: whatever may be done then, in a few microseconds."""
+    def begin(self) -> None:
+        """The device is idle, and a step is about to be enqueued."""
         ...
 
-    def launched(self, layer: int) -> None:
-        """The layer's second segment is enqueued."""
+    def serve(self, look: Callable[[], bool]) -> None:
+        """The step is enqueued: decide for each layer as the device comes to it; return when the step has ended.
+
+        Raises what a decision or a load failed with; the device goes on to the step's end nevertheless.
+
+        Args:
+            look: whether the step has ended; raises what has befallen the device.
+        """
         ...
 
-    def end(self) -> None:
-        """The step's last segment is enqueued."""
-        ...
 
-
-class Segment(Protocol):
-    """A part of a step that can be run again and again."""
+class Step(Protocol):
+    """A captured step."""
 
     def run(self) -> None:
         """Enqueue it."""
         ...
 
     def is_done(self) -> bool:
-        """Whether the device is through with it."""
+        """Whether the device is through with it. Raises what has befallen it."""
         ...
 
 
 class Recorder(Protocol):
-    """Turns a forward into segments."""
+    """Turns a forward into a step."""
 
-    def record(self, forward: Callable[[Cut], torch.Tensor]) -> tuple[list[Segment], torch.Tensor]:
-        """The segments, and the tensor that holds the result after each run of them all."""
+    def record(self, forward: Callable[[], torch.Tensor]) -> tuple[Step, torch.Tensor]:
+        """The step, and the tensor that holds the result after each run."""
         ...
 
 
-class GraphSegment:
+class GraphStep:
     """A CUDA graph, and an event behind it."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -100,38 +92,28 @@ class GraphSegment:
 
 
 class GraphRecorder:
-    """Captures on a stream of its own; all graphs share one pool of memory, as they run in one order."""
+    """Captures on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def record(self, forward: Callable[[Cut], torch.Tensor]) -> tuple[list[Segment], torch.Tensor]:
+    def record(self, forward: Callable[[], torch.Tensor]) -> tuple[Step, torch.Tensor]:
         """Warm up, then capture. Raises what the forward or the capture raises; the device is usable afterwards."""
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                forward(lambda: None)
+                forward()
         torch.cuda.synchronize(self._device)
-        pool = torch.cuda.graph_pool_handle()
-        graphs = [torch.cuda.CUDAGraph()]
-
-        def begin() -> None:
-            graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
-
-        def cut() -> None:
-            graphs[-1].capture_end()
-            graphs.append(torch.cuda.CUDAGraph())
-            begin()
-
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
-            begin()
+            graph.capture_begin(capture_error_mode="thread_local")
             try:
-                result = forward(cut)
+                result = forward()
             finally:
-                graphs[-1].capture_end()
+                graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        return [GraphSegment(graph) for graph in graphs], result
+        return GraphStep(graph), result
 
 
 class CapturedDecode:
@@ -149,7 +131,7 @@ class CapturedDecode:
         self._recorder = recorder
         self._ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
         self._cache: FixedCache | None = None
-        self._segments: list[Segment] = []
+        self._step: Step | None = None
         self._logits = torch.empty(0)
         self._owner: weakref.ref[SequenceState] | None = None  # one that has ended is nobody's
         self._refused: str | None = None
@@ -206,7 +188,7 @@ class CapturedDecode:
 
     def _capture(self, state: SequenceState) -> str | None:
         """Capture the step for caches as large as this sequence needs; why that failed, if it did."""
-        self._segments, self._cache = [], None
+        self._step, self._cache = None, None
         capacity = capacity_for(state.length + 1)
         cache = FixedCache(self._model.config.get_text_config(decoder=True), capacity, self._model.device)
         if not cache.is_plain:
@@ -217,16 +199,17 @@ class CapturedDecode:
             return f"no memory is left for a cache of {capacity:,} tokens beside the sequence's own"
         cache.at(state.length)
 
-        def forward(cut: Cut) -> torch.Tensor:
+        def forward() -> torch.Tensor:
             cache.begin_step()
-            with computed_by(self._model, self._experts, cut):
+            with computed_by(self._model, self._experts):
                 logits: torch.Tensor = self._forward(self._ids, cache.position, cache).logits[0, -1].float()
             return logits
 
         try:
-            forward(lambda: None)
+            self._experts.open()
+            forward()
             cache.note_counting()
-            self._segments, self._logits = self._recorder.record(forward)
+            self._step, self._logits = self._recorder.record(forward)
         except Exception as error:  # architectures do many things that no graph can hold
             log.debug("capturing failed", exc_info=True)
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -234,34 +217,19 @@ class CapturedDecode:
         return None
 
     def _run(self) -> None:
-        experts, last = self._experts, len(self._segments) - 1
-        for number, segment in enumerate(self._segments):
-            segment.run()
-            if number:
-                experts.launched(number - 1)
-            if number < last:
-                self._wait(segment)
-                experts.decide(number)
-        experts.end()
-
-    def _wait(self, segment: Segment) -> None:
-        looks, deadline_s = 0, 0.0
-        while not segment.is_done():
-            self._experts.meanwhile()
-            looks += 1
-            if looks % LOOKS == 0:
-                now_s = time.monotonic()
-                deadline_s = deadline_s or now_s + DEVICE_TIMEOUT_S
-                if now_s > deadline_s:
-                    raise EngineStoppedError(f"the device did not finish a part of a step in {DEVICE_TIMEOUT_S:g} s")
+        step = self._step
+        assert step is not None
+        self._experts.begin()
+        step.run()
+        self._experts.serve(step.is_done)
 
 
 class computed_by:
-    """While entered, a trunk's experts are computed by ``experts``, in one step that may be cut."""
+    """While entered, a trunk's experts are computed by ``experts``, as a part of one step."""
 
-    def __init__(self, model: Any, experts: StepExperts, cut: Cut) -> None:
+    def __init__(self, model: Any, experts: StepExperts) -> None:
         self._modules = [module for _, module in experts_modules(model)]
-        self._compute = lambda layer, hidden, chosen, weights: experts.compute(layer, hidden, chosen, weights, cut)
+        self._compute = experts.compute
 
     def __enter__(self) -> None:
         for module in self._modules:

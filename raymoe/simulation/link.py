@@ -40,6 +40,10 @@ class SimTicket:
         if not self._link.loop.run(self.is_done):
             raise TimeoutError("nothing is left to simulate, and a load has not ended")
 
+    def land(self, timeout_s: float) -> None:
+        """The same."""
+        self.wait(timeout_s)
+
     def hurry(self) -> None:
         """Overtake prefetches from the next piece on."""
         if self.priority > ON_DEMAND:

@@ -1,14 +1,21 @@
 """Captured decode steps, with what replays them on a GPU played by threads, and its kernels by torch operations."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from raymoe.checkpoint.checkpoint import ExpertTensors
+from raymoe.engine import turns
+from raymoe.engine.dialogue import Dialogue
 from raymoe.engine.scheduler import ExpertScheduler
 from raymoe.engine.service import ModelService
 from raymoe.engine.turns import captured_decode
+from raymoe.errors import EngineStoppedError
+from raymoe.experts.costs import Cost
+from raymoe.experts.link import MemoryLink
 from raymoe.model import fixed_cache
 from raymoe.model.captured import CapturedDecode
 from raymoe.model.fixed_cache import FixedCache
@@ -175,3 +182,53 @@ def test_forecasts_of_the_device_are_those_of_the_gates(wide: Path) -> None:
             )
             service.generate(PROMPT, max_tokens=4, temperature=0.0, ignore_eos=True)
     assert told[0] and told[0] == told[1][-len(told[0]) :]
+
+
+def test_the_host_computes_a_part_of_captured_steps(wide: Path) -> None:
+    settings = {"policy": "importance", "alpha": 0.0, "prefetch": "none", "host_assist": True}
+    with local_service(wide, slot_memory=12 * EXPERT_BYTES, **settings) as service:
+        worker = service.experts.dispatcher.only_worker
+        for shelf in worker._shelves:
+            shelf.host_cost = Cost(1e-9)  # on a CPU there is no host beside the device, unless one is imitated
+        captured(service)
+        result = service.generate(PROMPT, max_tokens=6, temperature=0.0, ignore_eos=True)
+        assert service.runner.captured.refused is None
+    assert [*result.token_ids] == reference_at(wide, PROMPT, 6)
+    assert 0 < result.routing.hosted <= result.routing.misses
+
+
+def test_a_step_whose_load_fails_ends_and_the_next_goes_on(wide: Path) -> None:
+    with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
+        captured(service)
+        runner, loader = service.runner, service.experts.dispatcher.only_worker._loader
+        logits, state = runner.prefill(PROMPT)
+        answer = [int(logits.argmax())]
+        answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        link, loader._link = loader._link, BrokenLink()
+        with pytest.raises(OSError, match="the bus is gone"):
+            runner.decode(state, answer[-1])
+        loader._link = link
+        while len(answer) < 5:
+            answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        assert runner.captured.refused is None
+    assert answer == reference_at(wide, PROMPT, 5)
+
+
+class BrokenLink(MemoryLink):
+    """Moves nothing."""
+
+    def pieces(self, source: ExpertTensors, target: ExpertTensors, nbytes: int) -> Iterator[None]:
+        raise OSError("the bus is gone")
+        yield
+
+
+def test_a_device_that_does_not_go_on_is_noticed(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "DEVICE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(turns, "LOOKS", 1)
+    heard = monkeypatch.context()
+    with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service, heard as patched:
+        captured(service)
+        logits, state = service.runner.prefill(PROMPT)
+        patched.setattr(Dialogue, "heard", lambda self: False)
+        with pytest.raises(EngineStoppedError, match="the device did not go on with a step"):
+            service.runner.decode(state, int(logits.argmax()))

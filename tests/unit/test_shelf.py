@@ -354,17 +354,43 @@ def test_a_failed_load_is_not_reported_as_loaded() -> None:
     assert shelf.take_changes() == ((), (), 0)
 
 
-def test_staged_calls_name_the_slots_of_what_they_need() -> None:
+def land(shelf: Shelf, experts: list[int], host_may: bool = False) -> list[int]:
+    wanted = np.array(experts, dtype=np.int32)
+    slots: list[int] = shelf.land(shelf.begin_row(0, wanted, None, host_may=host_may), wanted).tolist()
+    return slots
+
+
+def test_a_row_lands_in_slots() -> None:
     shelf, _ = make_shelf(slots=3)
     run_step(shelf, [4])
-    slots = shelf.stage(0, np.array([4, 1], dtype=np.int32), None)
-    assert [held(shelf, slot) for slot in slots.tolist()] == [4.0, 1.0]
+    assert [held(shelf, slot) for slot in land(shelf, [4, 1])] == [4.0, 1.0]
 
 
-def test_a_staged_call_whose_load_fails_ends_with_its_error() -> None:
+def test_a_row_whose_load_fails_ends_with_its_error() -> None:
     shelf, loader = make_shelf(slots=3, fails=[3])
     with pytest.raises(OSError, match="expert 3 is unreadable"):
-        shelf.stage(0, np.array([1, 3], dtype=np.int32), None)
+        land(shelf, [1, 3])
     loader.fails.clear()
-    slots = shelf.stage(0, np.array([1, 3], dtype=np.int32), None)
-    assert [held(shelf, slot) for slot in slots.tolist()] == [1.0, 3.0], "it is loaded again"
+    assert [held(shelf, slot) for slot in land(shelf, [1, 3])] == [1.0, 3.0], "it is loaded again"
+
+
+def test_what_the_host_computes_of_a_row_has_no_slot_and_is_loaded_later() -> None:
+    shelf, loader = make_shelf(slots=4, host_s=LOAD_S / 10)
+    run_step(shelf, [0, 1])
+    assert land(shelf, [1, 2, 0], host_may=True)[1] == -1
+    assert shelf.counters.hosted == 0 and not loader.running()
+    shelf.order_hosted()
+    assert shelf.counters.hosted == 1 and loader.started[-1] == (2, PREFETCH)
+
+
+def test_a_row_is_taken_if_all_of_it_is_ready() -> None:
+    shelf, loader = make_shelf(slots=2)
+    run_step(shelf, [4])
+    assert shelf.take(0, np.array([4, 1], dtype=np.int32)) is None
+    expect(shelf, {1: 0.9})
+    assert shelf.take(0, np.array([4, 1], dtype=np.int32)) is None, "it is on its way"
+    loader.tickets[1].finish()
+    slots = shelf.take(0, np.array([4, 1], dtype=np.int32))
+    assert slots is not None and [held(shelf, slot) for slot in slots.tolist()] == [4.0, 1.0]
+    expect(shelf, {7: 9.0}, layer=1)
+    assert shelf.resident() == [1, 4], "both slots are shielded"

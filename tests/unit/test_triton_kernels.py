@@ -1,7 +1,9 @@
 """The GPU's kernels compute what torch computes. Without a GPU they run in Triton's interpreter (conftest)."""
 
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,15 +122,73 @@ def test_route(kernels: GpuKernels, sigmoid: bool, renormalised: bool, experts: 
     assert_alike(weights, expected * 1.5)
 
 
-def test_published_and_fetched(kernels: GpuKernels) -> None:
+def test_published(kernels: GpuKernels) -> None:
     experts, weights = torch.tensor([5, 2, 9], device=DEVICE), randn(3, dtype=torch.float32)
-    logits, coming = randn(11, dtype=torch.float32), randn(7, dtype=torch.float32)
-    told = torch.full((3 + 3 + 11 + 7,), torch.nan, device=DEVICE)
-    kernels.publish(experts, weights, logits, coming, told)
-    assert told.tolist() == [5.0, 2.0, 9.0, *weights.tolist(), *logits.tolist(), *coming.tolist()]
-    slots, taken = torch.zeros(3, dtype=torch.int64, device=DEVICE), torch.zeros(3, device=DEVICE)
-    kernels.fetch(told[:6].contiguous(), slots, taken)
-    assert slots.tolist() == [5, 2, 9] and taken.tolist() == weights.tolist()
+    logits, coming, state = (randn(count, dtype=torch.float32) for count in (11, 7, 20))
+    told = torch.full((3 + 3 + 11 + 7 + 20,), torch.nan, device=DEVICE)
+    kernels.publish(experts, weights, logits, coming, state, told)
+    expected = [5.0, 2.0, 9.0, *weights.tolist(), *logits.tolist(), *coming.tolist(), *state.tolist()]
+    assert told.tolist() == expected
+    kernels.publish(experts, weights * 2, None, None, None, told)
+    assert told.tolist() == [5.0, 2.0, 9.0, *(weights * 2).tolist(), *expected[6:]]
+
+
+def words(turn: int, values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.view(np.uint32).astype(np.int64) | turn << 32).to(DEVICE)
+
+
+def test_fetched_in_its_turn(kernels: GpuKernels) -> None:
+    chosen, gates = np.array([5, -1, 9], dtype=np.int32), np.array([0.5, -0.0, 3e-9], dtype=np.float32)
+    slots, weights = torch.zeros(3, dtype=torch.int64, device=DEVICE), torch.zeros(3, device=DEVICE)
+    turn = torch.tensor([6], device=DEVICE)
+    kernels.fetch(torch.cat((words(7, chosen), words(7, gates))), turn, slots, weights)
+    assert slots.tolist() == chosen.tolist() and weights.tolist() == gates.tolist() and turn.tolist() == [7]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="its memory is not the host's; the benchmark waits there")
+def test_fetching_waits_for_every_word_of_the_turn(kernels: GpuKernels) -> None:
+    gates = np.array([0.25, 0.75], dtype=np.float32)
+    decided = torch.cat((words(1, np.array([8, 8], dtype=np.int32)), words(1, gates * 0)))
+    slots, weights = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    answer = torch.cat((words(2, np.array([3, 4], dtype=np.int32)), words(2, gates)))
+    fetching = threading.Thread(
+        target=kernels.fetch, args=(decided, torch.ones(1, dtype=torch.int64), slots, weights), daemon=True
+    )
+    fetching.start()
+    for place in range(4):
+        assert fetching.is_alive() and slots.tolist() == [0, 0]
+        decided[place] = answer[place]
+    fetching.join(timeout=60)
+    assert slots.tolist() == [3, 4] and weights.tolist() == gates.tolist()
+
+
+@pytest.mark.parametrize("hosted", [True, False])
+def test_what_the_host_computed_is_added(kernels: GpuKernels, dtype: torch.dtype, hosted: bool) -> None:
+    output, sums = randn(300, dtype=dtype), randn(300, dtype=torch.float32)
+    slots = torch.tensor([2, -1 if hosted else 0, 7], device=DEVICE)
+    expected = (output.float() + sums).to(dtype) if hosted else output.clone()
+    turn = torch.tensor([3], device=DEVICE)
+    kernels.assist(words(3 if hosted else 2, sums.cpu().numpy()), turn, slots, output)
+    assert output.tolist() == expected.tolist()
+
+
+def test_experts_of_no_slot_add_nothing(kernels: GpuKernels, dtype: torch.dtype) -> None:
+    slots, hidden, inner = 3, 64, 24
+    stride = 3 * inner * hidden
+    block = randn(slots, stride, dtype=dtype) * 0.2
+    first = block.as_strided((slots, 2 * inner, hidden), (stride, hidden, 1))
+    down = block.as_strided((slots, hidden, inner), (stride, inner, 1), 2 * inner * hidden)
+    x, weights = randn(1, hidden, dtype=dtype), randn(3, dtype=torch.float32).abs()
+    found = []
+    for chosen in ([2, -1, 1], [2, 1]):
+        index = torch.tensor(chosen, device=DEVICE)
+        mine = torch.stack([weights[place] for place in (0, 1, 2) if len(chosen) == 3 or place != 1])
+        inner_PI = torch.full((len(chosen), inner), torch.nan, device=DEVICE, dtype=dtype)
+        output = torch.full((1, hidden), torch.nan, device=DEVICE, dtype=dtype)
+        kernels.gate_up(x, first, stride, index, None, inner_PI)
+        kernels.down(inner_PI, down, stride, index, None, mine, output, rows=1)
+        found.append(output)
+    assert_alike(found[0], found[1])
 
 
 @pytest.mark.parametrize("with_table", [True, False])

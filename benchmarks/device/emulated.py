@@ -1,0 +1,69 @@
+"""A copy stream whose copies end when a link of given rate and latency would have moved them. Emulated, for comparison
+with the real link: nothing else differs, the loader and its decisions are those of a GPU."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from raymoe.experts.cuda_stream import Mark
+
+Move = Callable[[torch.Tensor, torch.Tensor], object]
+"""Puts something into the second tensor, in far less time than the link that is imitated."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatedMark:
+    """Passed at a time known beforehand."""
+
+    at_s: float
+    clock: Callable[[], float]
+
+    def query(self) -> bool:
+        """Whether it is time."""
+        return self.clock() >= self.at_s
+
+    def elapsed_time(self, end: "EmulatedMark") -> float:
+        """Milliseconds."""
+        return 1e3 * (end.at_s - self.at_s)
+
+
+class EmulatedStream:
+    """``CopyStream`` over a link that is imitated: it moves one copy at a time, for as long as its bytes take."""
+
+    def __init__(
+        self, bytes_per_s: float, latency_s: float, move: Move, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._latency_s = latency_s
+        self._move = move
+        self._clock = clock
+        self._free_s = 0.0
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Begins when the one before has ended."""
+        self._move(source, target)
+        self._free_s = max(self._clock(), self._free_s) + self._latency_s + source.nbytes / self._bytes_per_s
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Nothing is shared."""
+        yield
+
+    def mark(self) -> EmulatedMark:
+        """The end of what was enqueued so far."""
+        return EmulatedMark(max(self._clock(), self._free_s), self._clock)
+
+    def after_compute(self) -> None:
+        """Nothing: whoever measures has captured steps, in which the host has seen the end of computing."""
+
+    def compute_after(self, mark: Mark) -> None:
+        """The host waits, as nothing on the device could."""
+        while not mark.query():
+            pass
+
+    def synchronize(self) -> None:
+        """Until all copies have ended."""
+        self.compute_after(self.mark())
