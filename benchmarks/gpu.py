@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.device import exact, kernels, link, offload
-from benchmarks.device.decode import LRU, POLICIES, RESIDENT, Bench, Policy, Timed, Trace
+from benchmarks.device.decode import LRU, POLICIES, RESIDENT, WORST, Bench, Policy, Timed, Trace
 from benchmarks.device.emulated import EmulatedStream
 from benchmarks.device.routing import embedded_logits, foretold, held_out, locality, typical, uniform
 from benchmarks.device.synthetic import MIXTRAL, QWEN3, RandomExperts, ReusedMemory, Shape, make_trunk, store_over
@@ -262,6 +262,7 @@ class Run:
             "tokens/s",
             "hits",
             "loads",
+            "hosted",
             "link ms",
             "of bound",
             "host ms",
@@ -279,7 +280,7 @@ class Run:
             self._console.print(f"{trace.name}: chosen again {habits.again:.2f}, mass of the chosen {habits.mass:.2f}")
             for share in shares:
                 lru_s = 0.0
-                for policy in POLICIES if trace.name == "typical" else POLICIES[:2]:
+                for policy in POLICIES if trace.name == "typical" else WORST:
                     timed = bench.run(policy, int(total * share), trace, warm_up, steps)
                     lru_s = timed.tpot_s if policy is LRU else lru_s
                     link_s = timed.loaded_bytes / times.peak
@@ -323,11 +324,11 @@ class Run:
         stream = torch.cuda.Stream(self._device)
         anything = torch.zeros(shape.expert_elements, dtype=torch.bfloat16, device=self._device)
 
-        def move(source: torch.Tensor, target: torch.Tensor) -> None:
+        def fill(part: torch.Tensor) -> None:
             with torch.cuda.stream(stream):
-                target.copy_(anything[: target.numel()], non_blocking=True)
+                part.copy_(anything[: part.numel()], non_blocking=True)
 
-        return CudaLoader(EmulatedStream(self._times.peak, self._times.latency_s, move))
+        return CudaLoader(EmulatedStream(self._times.peak, self._times.latency_s, fill))
 
     def offload(self) -> dict[str, Any]:
         """accelerate beside it."""
@@ -369,6 +370,7 @@ def add_row(
         f"{1 / timed.tpot_s:.1f}",
         f"{timed.cost.hit_rate:.3f}",
         f"{timed.cost.loads / steps:.0f}",
+        f"{timed.cost.hosted / steps:.0f}" + (f" of {1e6 * timed.host_s:.0f} us" if timed.host_s else ""),
         f"{1e3 * link_s:.2f}",
         f"{bound:.0%}",
         f"{1e3 * sum(timed.decide_s) / steps:.2f}",
@@ -388,6 +390,8 @@ def facts(policy: Policy, trace: Trace, share: float, timed: Timed, link_s: floa
         "decide_s": sum(timed.decide_s) / len(timed.decide_s),
         "hit_rate": timed.cost.hit_rate,
         "loads": timed.cost.loads / len(timed.step_s),
+        "hosted": timed.cost.hosted / len(timed.step_s),
+        "host_expert_s": timed.host_s,
         "substituted_gate_mass": timed.cost.substituted_gate_mass,
         "link_s": link_s,
         "share_of_bound": bound,

@@ -1,7 +1,6 @@
 """A loader whose loads end when the test says so, for tests of slots."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from raymoe.checkpoint.checkpoint import ExpertTensors
@@ -80,9 +79,6 @@ class ManualLoader:
         self.started.append((identifier, priority))
         self.tickets[identifier] = ticket
         return ticket
-
-    def batch(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def running(self) -> list[ManualTicket]:
         """Loads that have not ended."""

@@ -23,11 +23,12 @@ from raymoe.kernels.gpu import GpuKernels
 from raymoe.kernels.native import NativeKernels
 from raymoe.model.captured import CapturedDecode, Recorder
 from raymoe.model.runner import Runner
+from raymoe.placement.prefetch import wanted
 from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing
 
 NAME = DeviceName("gpu")
 PROMPT = 32  # tokens; decode steps read little of the cache beside their weights
-SHADOW_AHEAD = 4  # layers: what a shadow foretells is ordered so far ahead of need
+SHADOW_AHEAD = 8  # layers: what a shadow foretells is ordered so far ahead of need
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +63,17 @@ def by_importance(alpha: float, prefetch: str, host_assist: bool) -> Policy:
     return Policy(name=name, scheduling=importance(alpha, prefetch, host_assist), alpha=alpha, foreseen=foreseen)
 
 
+SHADOW = Policy(name="shadow", scheduling=importance(0.0, "none"), foreseen="shadow")
 POLICIES = (
     LRU,
-    by_importance(0.25, "gate", True),
+    by_importance(0.25, "none", False),
+    by_importance(0.5, "none", False),
     by_importance(0.25, "none", True),
     by_importance(0.25, "gate", False),
-    by_importance(0.25, "none", False),
-    Policy(name="shadow", scheduling=importance(0.0, "none"), foreseen="shadow"),
-    Policy(name="shadow_0.25_assist", scheduling=importance(0.25, "none", True), alpha=0.25, foreseen="shadow"),
+    SHADOW,
+    Policy(name="shadow_0.25", scheduling=importance(0.25, "none"), alpha=0.25, foreseen="shadow"),
 )
+WORST = (LRU, SHADOW)  # where routing has nothing to learn from, only being told helps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +97,14 @@ class Timed:
     Attributes:
         step_s: each timed step; decide_s: of it on the host, deciding, per step.
         cost: of all timed steps; slot_bytes: allocated.
+        host_s: of computing one expert on the host, where it does.
     """
 
     step_s: list[float] = field(default_factory=list)
     decide_s: list[float] = field(default_factory=list)
     cost: Routing = field(default_factory=Routing)
     slot_bytes: int = 0
+    host_s: float | None = None
     captured: str = ""
 
     @property
@@ -113,12 +118,28 @@ class Timed:
         return self.cost.bytes_loaded / len(self.step_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Foretold:
+    """Experts that layers will want, best first, and what each is worth."""
+
+    experts_MK: np.ndarray
+    worth_MK: np.ndarray
+
+
+def foretell(logits_ME: np.ndarray, top_k: int) -> Foretold:
+    """As a shadow tells it."""
+    scores_ME = np.exp(logits_ME - logits_ME.max(axis=1, keepdims=True))
+    scores_ME /= scores_ME.sum(axis=1, keepdims=True)
+    named = [wanted(scores_1E, scores_1E, top_k) for scores_1E in scores_ME[:, None]]
+    return Foretold(np.stack([experts for experts, _ in named]), np.stack([worth for _, worth in named]))
+
+
 class TimedTurns(DeviceTurns):
     """Turns that note how long decisions take, and whose forecasts are given.
 
     Attributes:
         decide_s: so far in this step, less what was waited for loads.
-        coming_ME: a shadow's forecasts of this step's layers and of the next's.
+        foretold: a shadow's forecasts of this step's layers and of the next's; None where there is no shadow.
     """
 
     def __init__(self, given: GivenRouting, foreseen: str, *args: Any, **kwargs: Any) -> None:
@@ -126,7 +147,7 @@ class TimedTurns(DeviceTurns):
         self._given = given
         self._foreseen = foreseen
         self.decide_s = 0.0
-        self.coming_ME: np.ndarray = np.empty((0, 0))
+        self.foretold: Foretold | None = None
 
     def _forecast(self, layer: int) -> torch.Tensor | None:
         if self._foreseen != "gate" or layer + 1 >= len(self._given.coming_LE):
@@ -140,13 +161,14 @@ class TimedTurns(DeviceTurns):
 
     def look_ahead(self, layer: int) -> None:
         super().look_ahead(layer)
-        if self._foreseen != "shadow":
+        if self.foretold is None:
             return
         layers = len(self._given.coming_LE)
         for ahead in range(1, SHADOW_AHEAD + 1) if layer == 0 else (SHADOW_AHEAD,):
             place = layer + ahead
-            if place < len(self.coming_ME):
-                self._scheduler.foresee(place % layers, self.coming_ME[place])
+            if place < len(self.foretold.experts_MK):
+                experts_K, worth_K = self.foretold.experts_MK[place], self.foretold.worth_MK[place]
+                self._scheduler.dispatcher.expect(place % layers, experts_K, worth_K)
 
 
 @dataclass(kw_only=True)
@@ -273,7 +295,8 @@ class Bench:
             step = number % (len(logits_NLE) - 1)
             self.given.step(logits_NLE[step], gate_NLE[step])
             turns.decide_s = 0.0
-            turns.coming_ME = trace.shadow_NLE[step : step + 2].reshape(2 * layers, -1)
+            if policy.foreseen == "shadow":
+                turns.foretold = foretell(trace.shadow_NLE[step : step + 2].reshape(2 * layers, -1), self.shape.top_k)
             start = time.perf_counter()
             token = int(self.runner.decode(state, token).argmax())
             took_s = time.perf_counter() - start
@@ -281,5 +304,6 @@ class Bench:
                 found.step_s.append(took_s)
                 found.decide_s.append(turns.decide_s)
         found.cost = scheduler.take_cost()
+        found.host_s = worker.host_s
         found.captured = captured.refused or "captured"
         return found

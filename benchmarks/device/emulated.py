@@ -2,16 +2,16 @@
 with the real link: nothing else differs, the loader and its decisions are those of a GPU."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from raymoe.experts.cuda_stream import Mark
+from raymoe.experts.packing import PackedExpert
 
-Move = Callable[[torch.Tensor, torch.Tensor], object]
-"""Puts something into the second tensor, in far less time than the link that is imitated."""
+Fill = Callable[[torch.Tensor], object]
+"""Puts something into a part of a slot, in far less time than the link that is imitated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +34,19 @@ class EmulatedStream:
     """``CopyStream`` over a link that is imitated: it moves one copy at a time, for as long as its bytes take."""
 
     def __init__(
-        self, bytes_per_s: float, latency_s: float, move: Move, clock: Callable[[], float] = time.perf_counter
+        self, bytes_per_s: float, latency_s: float, fill: Fill, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._bytes_per_s = bytes_per_s
         self._latency_s = latency_s
-        self._move = move
+        self._fill = fill
         self._clock = clock
         self._free_s = 0.0
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy(self, source: PackedExpert, target: PackedExpert, start: int, end: int) -> None:
         """Begins when the one before has ended."""
-        self._move(source, target)
-        self._free_s = max(self._clock(), self._free_s) + self._latency_s + source.nbytes / self._bytes_per_s
-
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Nothing is shared."""
-        yield
+        self._fill(target.flat[start:end])
+        nbytes = (end - start) * source.itemsize
+        self._free_s = max(self._clock(), self._free_s) + self._latency_s + nbytes / self._bytes_per_s
 
     def mark(self) -> EmulatedMark:
         """The end of what was enqueued so far."""

@@ -141,13 +141,35 @@ class ExpertScheduler:
             self.dispatcher.gave_way(layer, done.replaced)
         return done.experts_TK, done.weights_TK
 
+    def surely(self, layer: int, experts: list[int], weights: list[float], slots: list[int]) -> list[int]:
+        """Those experts of one token that are in no slot, and whose load nothing that ``choose_row`` may do would save.
+
+        An expert that outweighs the lightest one by 1 + alpha outscores the best of those that were not chosen by as
+        much, for that one scores less than the lightest: it is a top-score expert (``placement.routing``).
+        """
+        least = -np.inf
+        if self._wants_scores and self._routers and not isinstance(self.alpha, np.ndarray) and self.alpha:
+            rule = self._routers[layer].rule
+            if rule is None or rule.bias_E is not None or rule.scale_E is not None or rule.groups_kept != rule.groups:
+                return []
+            least = (1 + self.alpha) * min(weights)
+        return sorted(
+            expert for expert, weight, slot in zip(experts, weights, slots, strict=True) if slot < 0 and weight >= least
+        )
+
     def choose_row(
-        self, layer: int, experts_K: np.ndarray, weights_K: np.ndarray, logits_E: np.ndarray | None
+        self,
+        layer: int,
+        experts_K: np.ndarray,
+        weights_K: np.ndarray,
+        logits_E: np.ndarray | None,
+        available_E: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """``route`` for one token whose routing is on the host: experts, weights, and gate scores [E] where known.
 
         Args:
             logits_E: the router's; None where it has no known rule, or nobody asks for scores.
+            available_E: bool, which experts are at hand; None: all that were chosen.
         """
         self._scores_TE = None
         if not self._wants_scores or not self._routers:
@@ -161,9 +183,8 @@ class ExpertScheduler:
             return experts_K, weights_K, scores_E
         scores_TE = rule.scores(logits_E[None])
         alpha = per_row(self.alpha, 1)
-        if not np.any(alpha):
+        if available_E is None or not np.any(alpha):
             return experts_K, weights_K, scores_TE[0]
-        available_E = self.dispatcher.available(layer)
         permitted_TE, similarity = rule.permitted(scores_TE), self.similarity
         chosen_TK = experts_K[None]
         routed = self.decide(

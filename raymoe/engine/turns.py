@@ -154,7 +154,9 @@ class DeviceTurns:
             return
         try:
             for layer, talk in enumerate(self._talks):
-                self._until(talk.heard, look)
+                if not talk.heard():
+                    self._staging.prepare(layer)
+                    self._until(talk.heard, look)
                 self.decide(layer)
                 self.look_ahead(layer)
                 talk.forget()
@@ -188,15 +190,20 @@ class DeviceTurns:
         told = talk.told
         experts_K, weights_K = told[:k].astype(np.int32), told[k : 2 * k]
         slots_K = staging.take(layer, experts_K)
-        if slots_K is not None:
+        slots = slots_K.tolist()
+        is_ready = min(slots) >= 0
+        if is_ready:
             talk.answer(turn, slots_K, weights_K)  # what follows is for the books
+        else:
+            staging.start(layer, self._scheduler.surely(layer, experts_K.tolist(), weights_K.tolist(), slots))
         logits_E = told[2 * k : 2 * k + known] if known else None
-        experts_K, weights_K, scores_E = self._scheduler.choose_row(layer, experts_K, weights_K, logits_E)
+        ready_E = None if is_ready else staging.ready(layer)
+        experts_K, weights_K, scores_E = self._scheduler.choose_row(layer, experts_K, weights_K, logits_E, ready_E)
         hidden = self._hidden[layer]
         start = 2 * k + known + coming
         state_H = told[start : start + hidden] if hidden else None
         staged = staging.stage(layer, experts_K, scores_E, weights_K, state_H)
-        if slots_K is None:
+        if not is_ready:
             talk.answer(turn, staged.slots_K, weights_K, staged.sum_H)
             staging.order_hosted(layer)
 

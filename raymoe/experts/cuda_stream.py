@@ -1,12 +1,15 @@
 """The copy stream of a GPU: one queue of transfers beside the computing, ordered against it by events alone."""
 
+import contextlib
+import ctypes
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from raymoe.experts.packing import PackedExpert
 
 STAGING_BYTES = 8 << 20  # per buffer of the ring: at half the speed of memory, a millisecond of copying by the host
 STAGING_BUFFERS = 3  # one is filled while one is sent, and one is waited for
@@ -27,12 +30,8 @@ class Mark(Protocol):
 class CopyStream(Protocol):
     """What a loader needs of a device."""
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Enqueue a copy from host memory; both are flat and of one size."""
-        ...
-
-    def batch(self) -> AbstractContextManager[None]:
-        """While entered, nobody else uses the device from this thread, so that several copies cost less."""
+    def copy(self, source: PackedExpert, target: PackedExpert, start: int, end: int) -> None:
+        """Enqueue a copy of these elements from host memory."""
         ...
 
     def mark(self) -> Mark:
@@ -61,38 +60,32 @@ class Clock:
 
 
 class CudaCopyStream:
-    """``CopyStream`` of a CUDA device. Sources in pinned memory are read by the device; others pass a pinned ring."""
+    """``CopyStream`` of a CUDA device. Sources in pinned memory are read by the device; others pass a pinned ring.
+
+    Copies from pinned memory go to the driver as they are: through torch each would cost the host three times as much,
+    most of it to make this stream the current one and back.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._computing: torch.cuda.Stream | None = None  # while this is the current stream: the one that was
+        self._handle = self._stream.cuda_stream
+        self._driver = CudaDriver()
         self._ring: list[torch.Tensor] = []
         self._sent: list[torch.cuda.Event] = []
         self._next = 0
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy(self, source: PackedExpert, target: PackedExpert, start: int, end: int) -> None:
         """Enqueue one copy."""
-        if self._computing is None:
-            with self.batch():
-                self.copy(source, target)
-        elif source.is_pinned():
-            target.copy_(source, non_blocking=True)
-        else:
-            self._through_ring(source.view(torch.uint8), target.view(torch.uint8))
-
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Make this the current stream; what computes is remembered. May be entered again within itself."""
-        if self._computing is not None:
-            yield
-            return
-        self._computing = torch.cuda.current_stream(self._device)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            self._computing = None
+        if source.is_pinned:
+            offset, size = start * source.itemsize, (end - start) * source.itemsize
+            if self._driver.copy(target.address + offset, source.address + offset, size, self._handle):
+                return
+        with torch.cuda.stream(self._stream):
+            if source.is_pinned:  # the driver refuses what torch prepares: another device, or a thread new to this one
+                target.flat[start:end].copy_(source.flat[start:end], non_blocking=True)
+            else:
+                self._through_ring(source.flat[start:end].view(torch.uint8), target.flat[start:end].view(torch.uint8))
 
     def _through_ring(self, source: torch.Tensor, target: torch.Tensor) -> None:
         if not self._ring:
@@ -114,15 +107,29 @@ class CudaCopyStream:
 
     def after_compute(self) -> None:
         """Wait, on the device, for the stream that computes."""
-        self._stream.wait_stream(self._computing or torch.cuda.current_stream(self._device))
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def compute_after(self, mark: Any) -> None:
         """Let the stream that computes wait."""
-        (self._computing or torch.cuda.current_stream(self._device)).wait_event(mark)
+        torch.cuda.current_stream(self._device).wait_event(mark)
 
     def synchronize(self) -> None:
         """Wait on the host."""
         self._stream.synchronize()
+
+
+class CudaDriver:
+    """The one call of CUDA's driver that torch has no short way to."""
+
+    def __init__(self) -> None:
+        self._copy: Any = None
+        with contextlib.suppress(OSError):
+            self._copy = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuMemcpyHtoDAsync_v2
+            self._copy.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> bool:
+        """Enqueue a copy from pinned host memory; whether the driver took it. It does for the thread's own device."""
+        return self._copy is not None and self._copy(target, source, nbytes, stream) == 0
 
 
 def read_clock(stream: CopyStream) -> Clock:

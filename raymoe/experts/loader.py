@@ -10,7 +10,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -73,10 +72,6 @@ class Loader(Protocol):
 
     def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> Ticket:
         """Begin to move ``source`` into ``target``."""
-        ...
-
-    def batch(self) -> AbstractContextManager[None]:
-        """While entered, several loads are begun: what they share is done once."""
         ...
 
     def set_clock(self) -> None:
@@ -180,10 +175,6 @@ class ThreadLoader:
         ticket = ThreadTicket(self._link.pieces(source, target, nbytes), priority, self._put)
         self._put(ticket)
         return ticket
-
-    def batch(self) -> AbstractContextManager[None]:
-        """Nothing is shared."""
-        return nullcontext()
 
     def set_clock(self) -> None:
         """Nothing: the thread reads the clock itself."""

@@ -5,6 +5,7 @@ each begins where wide loads want it.
 """
 
 import math
+from functools import cached_property
 
 import torch
 
@@ -12,11 +13,21 @@ from raymoe.checkpoint.checkpoint import ExpertTensors
 
 
 class PackedExpert(dict[str, torch.Tensor]):
-    """An expert's parameters by name, as views of ``flat``."""
+    """An expert's parameters by name, as views of ``flat``.
+
+    Attributes:
+        address: where it begins; itemsize: bytes of an element; numel: elements.
+    """
 
     def __init__(self, views: ExpertTensors, flat: torch.Tensor) -> None:
         super().__init__(views)
         self.flat = flat
+        self.address, self.itemsize, self.numel = flat.data_ptr(), flat.element_size(), flat.numel()
+
+    @cached_property
+    def is_pinned(self) -> bool:
+        """Whether a device reads it by itself. Asked once: it costs as much as half a copy."""
+        return self.flat.is_pinned()
 
 
 class Packing:

@@ -48,6 +48,8 @@ class Shelf(Bay):
         self.split = fastest_split
         self._orders = Orders()
         self._ahead: set[int] = set()  # prefetches under way
+        self._begun: set[int] = set()  # loads that a row began before its call
+        self._ranked: dict[int, list[int]] = {}  # by layer, slots in the order in which they would be emptied
 
     # --- a layer call -----------------------------------------------------------------------------------
 
@@ -57,20 +59,38 @@ class Shelf(Bay):
         """Shield what the call needs, start loading what is missing, and say what the host shall compute."""
         return self._begin_step(layer, experts_P, rows, scores_E, host_may=rows <= MOST_HOST_ROWS)
 
-    def take(self, layer: int, experts_K: np.ndarray) -> np.ndarray | None:
-        """The slots of a row's experts, if all are ready; they are shielded until the next call. Else None."""
+    def take(self, layer: int, experts_K: np.ndarray) -> np.ndarray:
+        """The slots of a row's experts, -1 for those that are not ready. They are shielded until the next call."""
         with self._lock:
             slots_K: np.ndarray = self.residency.ready_slot_LE[layer][experts_K]
-            if slots_K.min() < 0:
-                if not self._tickets:
-                    return None
+            if self._tickets and min(slots_K.tolist()) < 0:
                 self._settle(layer)
                 slots_K = self.residency.ready_slot_LE[layer][experts_K]
-                if slots_K.min() < 0:
-                    return None
             self.residency.unshield(slice(None))
-            self.residency.shielded_S[slots_K] = True
+            self.residency.shielded_S[slots_K[slots_K >= 0]] = True
             return slots_K
+
+    def start(self, layer: int, experts: list[int]) -> None:
+        """A row that was taken needs these, whatever else is decided about it: load them before anything else is done.
+
+        As far as there are slots. What begins here, ``begin_row`` finds under way.
+        """
+        slot_of, tickets = self.residency.slot_of, self._tickets
+        with self._lock:
+            for expert in experts:
+                identifier = expert_id(layer, expert)
+                if identifier in slot_of:
+                    if identifier in tickets:
+                        tickets[identifier].hurry()
+                elif self._begin_load(identifier, ON_DEMAND, self._prepared_victim(layer)):
+                    self._begun.add(identifier)
+                else:
+                    return
+
+    def prepare(self, layer: int) -> None:
+        """Find out, while there is time, whose slots a row of the layer would take. See ``start``."""
+        with self._lock:
+            self._rank(layer)
 
     def begin_row(self, layer: int, experts_K: np.ndarray, scores_E: np.ndarray | None, *, host_may: bool) -> Step:
         """A call of one row that is computed from the slots where its experts are, once ``land`` has returned.
@@ -130,26 +150,31 @@ class Shelf(Bay):
                 self._settle(settles)
             self.counters.prefetches_late += self._orders.drop(layer)
             self.keeper.step(layer, scores_E, experts_P, rows)
+            self._ranked.pop(layer, None)
             self._cancel_wrong(layer, experts_P)
             slots_P = self.residency.ready_slot_LE[layer][experts_P]
+            if self._begun:  # a load that this call itself began is a miss, however soon it is done
+                begun, self._begun = self._begun, set()
+                slots_P[[expert_id(layer, expert) in begun for expert in experts_P.tolist()]] = -1
             ready_P = slots_P >= 0
-            hits = int(np.count_nonzero(ready_P))
-            self._count(len(experts_P), hits)
+            ready = int(np.count_nonzero(ready_P))
+            self._count(len(experts_P), ready)
             if self._unused:
                 first = expert_id(layer, 0)
                 self._asked_for([first | expert for expert in experts_P.tolist()])
-            if hits == len(experts_P):
+            if ready == len(experts_P):
                 self.residency.use(slots_P)
                 self._step = Step(layer, slots_P, deque(), deque())
                 return self._step
             self.residency.use(slots_P[ready_P])
             absent = np.unique(experts_P[~ready_P])
-            begun = self._step = self._split(layer, slots_P, absent, scores_E, host_may)
-            for identifier in begun.arriving:
-                self._tickets[identifier].hurry()
+            call = self._step = self._split(layer, slots_P, absent, scores_E, host_may)
+            for identifier in call.arriving:
+                if identifier in self._tickets:
+                    self._tickets[identifier].hurry()
                 self.residency.use_one(self.residency.slot_of[identifier])
-            self._load_waiting(begun)
-            return begun
+            self._load_waiting(call)
+            return call
 
     def next_arrival(self, step: Step) -> tuple[int, int] | None:
         """Wait for the next missing expert: (expert id, slot); None when all were delivered."""
@@ -213,7 +238,9 @@ class Shelf(Bay):
                 self.counters.prefetches_late += len(experts)
                 return
             self.keeper.expect(layer, experts, worth)
-            self._order(layer, {expert_id(layer, e): w for e, w in zip(experts.tolist(), worth.tolist(), strict=True)})
+            self._ranked.pop(layer, None)
+            first = expert_id(layer, 0)
+            self._order(layer, {first | e: w for e, w in zip(experts.tolist(), worth.tolist(), strict=True)})
 
     def on_idle(self) -> None:
         """The link is free: begin the best order, if there is any. Called by the loader too."""
@@ -256,7 +283,7 @@ class Shelf(Bay):
         in_flight = [i in self.residency.slot_of for i in identifiers]
         remaining = np.array(
             [
-                max(0.0, load_s - (now - self._started_s[i])) if flying else math.nan
+                max(0.0, load_s - (now - self._started_s.get(i, -math.inf))) if flying else math.nan
                 for i, flying in zip(identifiers, in_flight, strict=True)
             ]
         )
@@ -297,7 +324,12 @@ class Shelf(Bay):
             identifier, worth = order
             if identifier in self.residency.slot_of or identifier not in self._store.experts:
                 continue
-            victim = self._victim(identifier)
+            layer = int(layer_and_expert(identifier)[0])
+            if layer not in self._ranked:
+                self._rank(layer)
+            victim = self._prepared_victim(layer)
+            if victim is None:
+                victim = self._victim(identifier)
             held = self.residency.expert_in[victim] if victim is not None else None
             loss = self.keeper.worth(*layer_and_expert(held)) if held is not None else None
             if prefetch_is_welcome(worth, loss) and self._begin_load(identifier, PREFETCH, victim):
@@ -324,6 +356,25 @@ class Shelf(Bay):
                 return slot
         return residency.victim(layer, keeper.values(residency.place_S, residency.last_use_S))
 
+    def _rank(self, layer: int) -> None:
+        """Put the layer's own slots in the order in which they would be emptied."""
+        residency = self.residency
+        own = residency.own_slots(layer)
+        if own is None or residency.has_free:
+            self._ranked.pop(layer, None)
+            return
+        values = self.keeper.values(residency.place_S[own], residency.last_use_S[own])
+        self._ranked[layer] = own[np.argsort(values, kind="stable")].tolist()
+
+    def _prepared_victim(self, layer: int) -> int | None:
+        """The next of these that may be emptied; None where nothing was prepared, or no slot is left of it."""
+        residency, ranked = self.residency, self._ranked.get(layer)
+        while ranked:
+            slot = ranked.pop(0)
+            if residency.ready_S[slot] and not residency.shielded_S[slot] and residency.layer_S[slot] == layer:
+                return int(slot)
+        return None
+
     def _go_on(self, step: Step) -> None:
         self._settle()
         self._load_waiting(step)
@@ -331,11 +382,10 @@ class Shelf(Bay):
     def _load_waiting(self, step: Step) -> None:
         if not step.waiting:
             return
-        with self._loader.batch():
-            while step.waiting and self._begin_load(step.waiting[0], ON_DEMAND):
-                identifier = step.waiting.popleft()
-                self.residency.use_one(self.residency.slot_of[identifier])
-                step.arriving.append(identifier)
+        while step.waiting and self._begin_load(step.waiting[0], ON_DEMAND):
+            identifier = step.waiting.popleft()
+            self.residency.use_one(self.residency.slot_of[identifier])
+            step.arriving.append(identifier)
 
     def _begin_load(self, identifier: int, priority: int, victim: int | None = None) -> bool:
         claimed = self.residency.claim(identifier, self._victim(identifier) if victim is None else victim)

@@ -112,12 +112,27 @@ class Staging:
         if self._loader is not None:
             self._loader.follows_host = True
 
-    def take(self, layer: int, experts_K: np.ndarray) -> np.ndarray | None:
-        """The slots of one row's experts, int32, which are shielded until the next call, if all are there; else None.
+    def take(self, layer: int, experts_K: np.ndarray) -> np.ndarray:
+        """The slots of one row's experts, int32, -1 for those that are not there. ``stage`` must follow.
 
-        Nothing is noted: ``stage`` must follow, while the device computes.
+        They are shielded until the next call.
         """
         return self._by_layer[layer].take(layer, experts_K)
+
+    def start(self, layer: int, experts: list[int]) -> None:
+        """Begin loads at once of experts of a row that was taken; of one only where the host may take others over."""
+        owned_E, shelf = self._owned[layer], self._by_layer[layer]
+        mine = [expert for expert in experts if owned_E[expert]]
+        shelf.start(layer, mine if shelf.host_cost is None else mine[:1])
+
+    def prepare(self, layer: int) -> None:
+        """The device will come to a layer; what can be found out beforehand is."""
+        self._by_layer[layer].prepare(layer)
+
+    def ready(self, layer: int) -> np.ndarray:
+        """Bool per expert of the layer, whether it is in a slot."""
+        ready_E: np.ndarray = self._by_layer[layer].residency.ready_slot_LE[layer][: len(self._owned[layer])] >= 0
+        return ready_E
 
     def stage(
         self,

@@ -524,6 +524,12 @@ class ExpertWorker:
         return self._bay(layer).ready(layer)[: self.layers[layer].num_experts]
 
     @property
+    def host_s(self) -> float | None:
+        """Seconds for which the host computes one expert for one row; None where it computes none."""
+        costs = [shelf.host_cost.mean_s for shelf in self._shelves if shelf.host_cost is not None]
+        return max((cost for cost in costs if cost is not None), default=None)
+
+    @property
     def load_s(self) -> float | None:
         """Seconds for which one expert lately kept the link busy; None where nothing was loaded yet."""
         return max((s for bay in self._bays if (s := bay.load_cost.mean_s) is not None), default=None)

@@ -7,7 +7,6 @@ between two pieces, and so does the end of a load that was cancelled.
 import heapq
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from raymoe.errors import LoadCancelledError
@@ -95,10 +94,6 @@ class SimLink:
         ticket = SimTicket(self, self.load_s, priority, self._number)
         self.put(ticket)
         return ticket
-
-    def batch(self) -> AbstractContextManager[None]:
-        """Nothing is shared."""
-        return nullcontext()
 
     def set_clock(self) -> None:
         """Nothing: there is one clock."""

@@ -1,7 +1,5 @@
 """A GPU's loads over a copy stream that the test plays: order, urgent loads overtaking pieces, who waits for what."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -36,15 +34,9 @@ class PlayedStream:
 
     enqueued: list[tuple[str, object]] = field(default_factory=list)
     done: int = 0
-    batches: int = 0
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        self.enqueued.append(("copy", (source, target)))
-
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        self.batches += 1
-        yield
+    def copy(self, source: PackedExpert, target: PackedExpert, start: int, end: int) -> None:
+        self.enqueued.append(("copy", (source.flat[start:end], target.flat[start:end])))
 
     def mark(self) -> PlayedMark:
         self.enqueued.append(("mark", None))

@@ -383,14 +383,41 @@ def test_what_the_host_computes_of_a_row_has_no_slot_and_is_loaded_later() -> No
     assert shelf.counters.hosted == 1 and loader.started[-1] == (2, PREFETCH)
 
 
-def test_a_row_is_taken_if_all_of_it_is_ready() -> None:
+def take(shelf: Shelf, experts: list[int]) -> list[float | None]:
+    """What the slots of a row's experts hold; None for those that are in none."""
+    slots = shelf.take(0, np.array(experts, dtype=np.int32)).tolist()
+    return [None if slot < 0 else held(shelf, slot) for slot in slots]
+
+
+def test_what_is_ready_of_a_row_is_taken_and_shielded() -> None:
     shelf, loader = make_shelf(slots=2)
     run_step(shelf, [4])
-    assert shelf.take(0, np.array([4, 1], dtype=np.int32)) is None
+    assert take(shelf, [4, 1]) == [4.0, None]
     expect(shelf, {1: 0.9})
-    assert shelf.take(0, np.array([4, 1], dtype=np.int32)) is None, "it is on its way"
+    assert take(shelf, [4, 1]) == [4.0, None], "it is on its way"
     loader.tickets[1].finish()
-    slots = shelf.take(0, np.array([4, 1], dtype=np.int32))
-    assert slots is not None and [held(shelf, slot) for slot in slots.tolist()] == [4.0, 1.0]
+    assert take(shelf, [4, 1]) == [4.0, 1.0]
     expect(shelf, {7: 9.0}, layer=1)
     assert shelf.resident() == [1, 4], "both slots are shielded"
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_what_a_row_surely_needs_is_started_before_anything_else(prepared: bool) -> None:
+    shelf, loader = make_shelf(slots=4)
+    for experts in ([0, 1], [2, 3], [1]):
+        run_step(shelf, experts, scores=[0.1] * 8)
+    if prepared:
+        shelf.prepare(0)
+    take(shelf, [0, 5, 6, 1])
+    shelf.start(0, [5, 6])
+    assert loader.started[-2:] == [(5, ON_DEMAND), (6, ON_DEMAND)]
+    assert [held(shelf, slot) for slot in land(shelf, [0, 5, 6, 1])] == [0.0, 5.0, 6.0, 1.0], "2 and 3 gave way"
+    assert len(loader.started) == 6, "nothing was loaded twice"
+
+
+def test_a_prefetch_that_a_row_surely_needs_is_hurried() -> None:
+    shelf, loader = make_shelf(slots=4)
+    expect(shelf, {5: 1.0})
+    take(shelf, [5, 1])
+    shelf.start(0, [5, 1])
+    assert loader.tickets[5].hurried and loader.started == [(5, PREFETCH), (1, ON_DEMAND)]
