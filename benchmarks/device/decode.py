@@ -28,6 +28,7 @@ from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing
 
 NAME = DeviceName("gpu")
 PROMPT = 32  # tokens; decode steps read little of the cache beside their weights
+SHADOW_ROWS = 4  # layers after which its forecasts go out
 SHADOW_AHEAD = 8  # layers: what a shadow foretells is ordered so far ahead of need
 
 
@@ -146,6 +147,7 @@ class TimedTurns(DeviceTurns):
         super().__init__(*args, **kwargs)
         self._given = given
         self._foreseen = foreseen
+        self.rows_due = SHADOW_ROWS if foreseen == "shadow" else self.rows_due
         self.decide_s = 0.0
         self.foretold: Foretold | None = None
 
@@ -159,8 +161,8 @@ class TimedTurns(DeviceTurns):
         super().decide(layer)
         self.decide_s += time.perf_counter() - start - (self._staging.waited_s - waited_s)
 
-    def look_ahead(self, layer: int) -> None:
-        super().look_ahead(layer)
+    def look_ahead(self, layer: int, before: int) -> None:
+        super().look_ahead(layer, before)
         if self.foretold is None:
             return
         layers = len(self._given.coming_LE)

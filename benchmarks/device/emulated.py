@@ -1,17 +1,17 @@
 """A copy stream whose copies end when a link of given rate and latency would have moved them. Emulated, for comparison
 with the real link: nothing else differs, the loader and its decisions are those of a GPU."""
 
+import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from raymoe.experts.cuda_stream import Mark
 from raymoe.experts.packing import PackedExpert
 
-Fill = Callable[[torch.Tensor], object]
-"""Puts something into a part of a slot, in far less time than the link that is imitated."""
+COPY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p)
+Fill = Callable[[int, int], object]
+"""Puts something into a slot: address, bytes; in far less time than the link that is imitated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,26 @@ class EmulatedStream:
         self._fill = fill
         self._clock = clock
         self._free_s = 0.0
+        self._own_copy = COPY(self._copy)
+
+    @property
+    def native(self) -> tuple[int, int] | None:
+        """A function of this object's."""
+        return ctypes.cast(self._own_copy, ctypes.c_void_p).value or 0, 0
+
+    def _copy(self, target: int, source: int, nbytes: int, stream: int) -> int:
+        self._fill(target, nbytes)
+        self._move(nbytes)
+        return 0
+
+    def _move(self, nbytes: int) -> None:
+        self._free_s = max(self._clock(), self._free_s) + self._latency_s + nbytes / self._bytes_per_s
 
     def copy(self, source: PackedExpert, target: PackedExpert, start: int, end: int) -> None:
         """Begins when the one before has ended."""
-        self._fill(target.flat[start:end])
         nbytes = (end - start) * source.itemsize
-        self._free_s = max(self._clock(), self._free_s) + self._latency_s + nbytes / self._bytes_per_s
+        self._fill(target.address + start * source.itemsize, nbytes)
+        self._move(nbytes)
 
     def mark(self) -> EmulatedMark:
         """The end of what was enqueued so far."""

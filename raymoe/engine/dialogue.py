@@ -90,6 +90,15 @@ class Dialogue:
         self._last = most_told - 1
         self.forget()
 
+    def memory(self) -> dict[str, int]:
+        """Where this is, as ``kernels.turns.TurnMemory`` names it; once ``listen_for`` was called."""
+        return {
+            "told": self._bits.ctypes.data,
+            "words": self._last + 1,
+            "decided": self._decided.ctypes.data,
+            "k": len(self._slots_K),
+        }
+
     def listen_for(self, elements: int) -> None:
         """The device tells so many."""
         self._last = elements - 1

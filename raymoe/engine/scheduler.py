@@ -7,6 +7,7 @@ T tokens, K experts per token, E experts, H hidden.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -141,21 +142,57 @@ class ExpertScheduler:
             self.dispatcher.gave_way(layer, done.replaced)
         return done.experts_TK, done.weights_TK
 
-    def surely(self, layer: int, experts: list[int], weights: list[float], slots: list[int]) -> list[int]:
-        """Those experts of one token that are in no slot, and whose load nothing that ``choose_row`` may do would save.
+    def certainty(self) -> float | None:
+        """How many times the lightest expert of a token another must weigh to be surely kept by ``choose_row``.
 
-        An expert that outweighs the lightest one by 1 + alpha outscores the best of those that were not chosen by as
-        much, for that one scores less than the lightest: it is a top-score expert (``placement.routing``).
+        An expert that outweighs the lightest by 1 + alpha outscores the best of those that were not chosen by as much,
+        for that one scores less than the lightest: it is a top-score expert (``placement.routing``). None: weights
+        don't tell.
         """
-        least = -np.inf
-        if self._wants_scores and self._routers and not isinstance(self.alpha, np.ndarray) and self.alpha:
-            rule = self._routers[layer].rule
-            if rule is None or rule.bias_E is not None or rule.scale_E is not None or rule.groups_kept != rule.groups:
-                return []
-            least = (1 + self.alpha) * min(weights)
-        return sorted(
-            expert for expert, weight, slot in zip(experts, weights, slots, strict=True) if slot < 0 and weight >= least
+        if not self._wants_scores or not self._routers:
+            return -math.inf
+        alpha = per_row(self.alpha, 1)
+        if not np.any(alpha):
+            return -math.inf
+        rules = [router.rule for router in self._routers]
+        plain = all(
+            rule is None or (rule.bias_E is None and rule.scale_E is None and rule.groups_kept == rule.groups)
+            for rule in rules
         )
+        return 1.0 + float(np.max(alpha)) if plain else None
+
+    def note_rows(
+        self, layers: list[int], experts_NK: np.ndarray, weights_NK: np.ndarray, logits_NE: np.ndarray | None
+    ) -> np.ndarray | None:
+        """Tokens whose experts were all at hand, one of each of these layers: their gate scores [N, E], where known.
+
+        Args:
+            logits_NE: as for ``choose_row``.
+        """
+        if not self._wants_scores or not self._routers:
+            return None
+        self._top_k = experts_NK.shape[1]
+        self._decided.decisions += len(layers)
+        rules = [self._routers[layer].rule for layer in layers]
+        first = rules[0]
+        if logits_NE is not None and first is not None and all(r is not None and r.score == first.score for r in rules):
+            return first.scores(logits_NE)
+        one_E = [
+            self.scores_row(layer, experts_NK[n], weights_NK[n], None if logits_NE is None else logits_NE[n])
+            for n, layer in enumerate(layers)
+        ]
+        return np.stack(one_E)
+
+    def scores_row(
+        self, layer: int, experts_K: np.ndarray, weights_K: np.ndarray, logits_E: np.ndarray | None
+    ) -> np.ndarray:
+        """Gate scores [E] of one token; where no rule is known, the weights of those that were chosen."""
+        rule = self._routers[layer].rule
+        if rule is not None and logits_E is not None:
+            return rule.scores(logits_E[None])[0]
+        scores_E = np.zeros(self._routers[layer].experts, dtype=np.float32)
+        scores_E[experts_K] = weights_K
+        return scores_E
 
     def choose_row(
         self,
@@ -163,28 +200,24 @@ class ExpertScheduler:
         experts_K: np.ndarray,
         weights_K: np.ndarray,
         logits_E: np.ndarray | None,
-        available_E: np.ndarray | None,
+        available_E: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """``route`` for one token whose routing is on the host: experts, weights, and gate scores [E] where known.
 
         Args:
             logits_E: the router's; None where it has no known rule, or nobody asks for scores.
-            available_E: bool, which experts are at hand; None: all that were chosen.
+            available_E: bool, which experts are at hand.
         """
         self._scores_TE = None
         if not self._wants_scores or not self._routers:
             return experts_K, weights_K, None
         self._top_k = len(experts_K)
         self._decided.decisions += 1
-        rule = self._routers[layer].rule
-        if rule is None or logits_E is None:
-            scores_E = np.zeros(self._routers[layer].experts, dtype=np.float32)
-            scores_E[experts_K] = weights_K
-            return experts_K, weights_K, scores_E
-        scores_TE = rule.scores(logits_E[None])
+        rule, scores_E = self._routers[layer].rule, self.scores_row(layer, experts_K, weights_K, logits_E)
         alpha = per_row(self.alpha, 1)
-        if available_E is None or not np.any(alpha):
-            return experts_K, weights_K, scores_TE[0]
+        if rule is None or logits_E is None or not np.any(alpha):
+            return experts_K, weights_K, scores_E
+        scores_TE = scores_E[None]
         permitted_TE, similarity = rule.permitted(scores_TE), self.similarity
         chosen_TK = experts_K[None]
         routed = self.decide(
@@ -196,7 +229,7 @@ class ExpertScheduler:
             experts_K = routed.experts_TK[0]
             weights_K = rule.weights(scores_TE[:, experts_K], routed.experts_TK)[0]
             self._decided.count(np.array([replaced]), routed.replaced_mass_T)
-        return experts_K, weights_K, scores_TE[0]
+        return experts_K, weights_K, scores_E
 
     def foresee(self, layer: int, logits_E: np.ndarray) -> None:
         """Forecast router logits of a layer to come, of one token: what it will want is loaded ahead."""

@@ -1,15 +1,19 @@
 """Captured decode steps on one device: what the host decides while a step runs (``model.captured``).
 
 In each MoE layer the device tells what its router says, and waits until the host has told it slots and weights
-(``engine.dialogue``). What can be decided at once is answered at once, and entered into the books while the device
-computes; where experts are missing the host routes by the policy's pure rule, begins loads, computes what it takes over
-itself, and answers when all is there.
+(``engine.dialogue``). Where all experts are in slots that is done at once, and entered into the books later, while
+something is loaded anyway. Elsewhere loads that are needed whatever is decided are begun at once (both in
+``kernels.turns`` where there is a compiler); then the host routes by the policy's pure rule, begins the other loads,
+computes what it takes over itself, and answers when all is there.
 
 L layers, K experts per token, E experts, H hidden.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
@@ -24,12 +28,31 @@ from raymoe.experts.on_device import ComputeRow, KernelRow, compute_row
 from raymoe.experts.staging import Staging
 from raymoe.experts.worker import ExpertWorker
 from raymoe.kernels.gpu import GpuKernels, numel
+from raymoe.kernels.turns import NativeTurns, TurnMemory, native_turns
 from raymoe.model.captured import CapturedDecode, GraphRecorder, Recorder
 from raymoe.model.runner import Runner
 from raymoe.model.sites import MoeSite
 
 DEVICE_TIMEOUT_S = 60.0  # for a layer of the device, or the end of a step: a guard against one that hangs
-LOOKS = 4096  # between two looks at the clock and at how the device is, of some microseconds each
+LOOKS = 1024  # between two looks at the clock and at how the device is
+PATIENCE_NS, SHORT_NS = 200_000, 20_000  # to wait for the device, without and with prefetches to look after
+ROWS_WORTH = 8  # answered rows that are worth to be entered into the books while a load is waited for
+ROWS_DUE = 24  # answered rows after which they are entered into the books though no load is waited for
+
+
+@dataclass(slots=True)
+class Row:
+    """One layer's, as it was computed.
+
+    Attributes:
+        misses: experts that were not there when the device came.
+        experts_K, scores_E: where it was decided about; otherwise the router's choice stood.
+    """
+
+    layer: int
+    misses: int = 0
+    experts_K: np.ndarray | None = None
+    scores_E: np.ndarray | None = None
 
 
 class DeviceTurns:
@@ -42,6 +65,8 @@ class DeviceTurns:
         top_k: experts per token in each layer.
         is_whole: every expert has a slot for good, so that the host decides nothing.
     """
+
+    rows_due = ROWS_DUE
 
     def __init__(
         self,
@@ -82,6 +107,10 @@ class DeviceTurns:
         ]
         self._turns = torch.zeros(self._layers, dtype=torch.int64, device=device)
         self._turn, self._is_open = 0, False
+        self._native: NativeTurns | None = None
+        self._certainty: float | None = None
+        self._sure: list[int] = []  # experts of the row in hand whose loads were begun before it was decided
+        self._rows: list[Row] = []  # answered rows, of which the books know nothing yet
         self._slots = [torch.zeros(k, dtype=torch.int64, device=device) for k in top_k]
         self._weights = [torch.zeros(k, dtype=torch.float32, device=device) for k in top_k]
         self._parts: list[tuple[int, int, int]] = [(k, 0, 0) for k in top_k]
@@ -144,7 +173,11 @@ class DeviceTurns:
             for talk in self._talks:
                 talk.pass_all(CLOSED)
                 talk.forget()
+            self._native = native_turns(
+                [TurnMemory(**talk.memory(), **self._staging.memory(layer)) for layer, talk in enumerate(self._talks)]
+            )
         self._turn += 1
+        self._certainty = self._scheduler.certainty()
         self._staging.begin()
 
     def serve(self, look: Callable[[], bool]) -> None:
@@ -153,13 +186,11 @@ class DeviceTurns:
             self._until(look, look)
             return
         try:
-            for layer, talk in enumerate(self._talks):
-                if not talk.heard():
-                    self._staging.prepare(layer)
-                    self._until(talk.heard, look)
+            layer = self._pass(0, look)
+            while layer < self._layers:
                 self.decide(layer)
-                self.look_ahead(layer)
-                talk.forget()
+                layer = self._pass(layer + 1, look)
+            self._enter(layer)
             self._until(look, look)
         except BaseException:
             self._give_up(look)
@@ -168,59 +199,179 @@ class DeviceTurns:
             self._scheduler.dispatcher.account(self._staging.name, self._staging.end())
 
     def _until(self, comes: Callable[[], bool], look: Callable[[], bool]) -> None:
-        """Wait for the device; prefetches go on meanwhile.
-
-        Raises EngineStoppedError after a minute, and what has befallen the device.
-        """
-        looks, deadline_s = 0, 0.0
+        """Wait for the device; prefetches go on meanwhile."""
+        patience = Patience(look)
         while not comes():
             self._staging.pump()
-            looks += 1
-            if looks % LOOKS == 0:
-                look()
-                now_s = time.monotonic()
-                deadline_s = deadline_s or now_s + DEVICE_TIMEOUT_S
-                if now_s > deadline_s:
-                    raise EngineStoppedError(f"the device did not go on with a step in {DEVICE_TIMEOUT_S:g} s")
+            patience.wears()
+
+    def _pass(self, layer: int, look: Callable[[], bool]) -> int:
+        """Wait for the device in this layer and those that follow, and answer what can be answered at once.
+
+        Returns the first layer whose row lacks experts, or the number of layers.
+        """
+        staging, patience = self._staging, Patience(look)
+        due = 1 if self._scheduler.foresees else self.rows_due
+        while layer < self._layers:
+            if patience.is_new:
+                staging.prepare(layer)
+                if len(self._rows) >= due:
+                    self._enter(layer)
+            reached, is_missing = self._run(layer)
+            self._rows.extend(Row(passed) for passed in range(layer, reached))
+            if is_missing:
+                return reached
+            if reached > layer:
+                layer, patience = reached, Patience(look)
+            else:
+                staging.pump()
+                patience.wears()
+        return layer
+
+    def _run(self, layer: int) -> tuple[int, bool]:
+        """From this layer on: the first one that isn't answered, and whether that is for want of experts."""
+        staging = self._staging
+        if self._native is not None:
+            most, copy = staging.eager()
+            factor = self._certainty if self._certainty is not None else math.inf
+            patience_ns = SHORT_NS if staging.is_prefetching else PATIENCE_NS
+            with staging.begun_elsewhere():
+                passed = self._native.run(layer, self._turn, factor, most, patience_ns, copy)
+                if passed.begun:
+                    staging.adopt(passed.layer, passed.begun)
+            self._sure = [expert for expert, _ in passed.begun]
+            return passed.layer, passed.is_missing
+        talk, k = self._talks[layer], self._parts[layer][0]
+        if not talk.heard():
+            return layer, False
+        experts_K, weights_K = talk.told[:k].astype(np.int32), talk.told[k : 2 * k]
+        slots_K = staging.take(layer, experts_K)
+        if slots_K.min() >= 0:
+            talk.answer(self._turn, slots_K, weights_K)
+            return layer + 1, False
+        self._sure = []
+        if self._certainty is not None:
+            sure_K = (slots_K < 0) & ~(weights_K < self._certainty * weights_K.min())
+            self._sure = np.sort(experts_K[sure_K]).tolist()[: staging.eager()[0]]
+            staging.start(layer, self._sure, experts_K)
+        return layer, True
 
     def decide(self, layer: int) -> None:
-        """Tell the device slots and weights, once all that is needed is in place."""
-        talk, staging, turn = self._talks[layer], self._staging, self._turn
+        """For a row that lacks experts: route, have them loaded or computed, and tell the device slots and weights.
+
+        While it waits, what was answered before is entered into the books.
+        """
+        talk, staging = self._talks[layer], self._staging
         k, known, coming = self._parts[layer]
-        told = talk.told
+        told, row = talk.told, Row(layer)
         experts_K, weights_K = told[:k].astype(np.int32), told[k : 2 * k]
-        slots_K = staging.take(layer, experts_K)
-        slots = slots_K.tolist()
-        is_ready = min(slots) >= 0
-        if is_ready:
-            talk.answer(turn, slots_K, weights_K)  # what follows is for the books
-        else:
-            staging.start(layer, self._scheduler.surely(layer, experts_K.tolist(), weights_K.tolist(), slots))
-        logits_E = told[2 * k : 2 * k + known] if known else None
-        ready_E = None if is_ready else staging.ready(layer)
-        experts_K, weights_K, scores_E = self._scheduler.choose_row(layer, experts_K, weights_K, logits_E, ready_E)
+        available_E = staging.ready(layer)
+        missing = experts_K[~available_E[experts_K]].tolist()
+        if not set(missing) <= set(self._sure):
+            logits_E = told[2 * k : 2 * k + known] if known else None
+            experts_K, weights_K, row.scores_E = self._scheduler.choose_row(
+                layer, experts_K, weights_K, logits_E, available_E
+            )
+            row.experts_K = experts_K
+            missing = np.sort(experts_K[~available_E[experts_K]]).tolist()
         hidden = self._hidden[layer]
+        row.misses = len(missing)
+        if not hidden and staging.start(layer, missing, experts_K):
+            slots_K = staging.arrive(layer, experts_K, lambda: self._enter_some(layer))
+            talk.answer(self._turn, slots_K, weights_K)
+            self._rows.append(row)
+            return
+        if row.experts_K is None:
+            row.scores_E = self._scores([layer], k, known)[0]
         start = 2 * k + known + coming
         state_H = told[start : start + hidden] if hidden else None
-        staged = staging.stage(layer, experts_K, scores_E, weights_K, state_H)
-        if not is_ready:
-            talk.answer(turn, staged.slots_K, weights_K, staged.sum_H)
-            staging.order_hosted(layer)
+        staged = staging.stage(layer, experts_K, row.scores_E, weights_K, state_H)
+        talk.answer(self._turn, staged.slots_K, weights_K, staged.sum_H)
+        staging.order_hosted(layer)
+        self.look_ahead(layer, layer + 1)
+        talk.forget()
 
-    def look_ahead(self, layer: int) -> None:
-        """While the device computes: forecast the next layer."""
+    def _enter_some(self, before: int) -> None:
+        """The same for a good number of rows, for one costs as much as many; there is a little time."""
+        if len(self._rows) >= ROWS_WORTH:
+            self._enter(before)
+
+    def _enter(self, before: int) -> None:
+        """Enter rows that were answered into the books, and look ahead from them.
+
+        Args:
+            before: the layer that the device has come to by now.
+        """
+        rows, self._rows = self._rows, []
+        for part, group in groupby(rows, lambda row: self._parts[row.layer]):
+            mine, (k, known, _) = list(group), part
+            plain = [row for row in mine if row.experts_K is None]
+            scores_NE = self._scores([row.layer for row in plain], k, known) if plain else None
+            for number, row in enumerate(plain):
+                row.experts_K = self._talks[row.layer].told[:k].astype(np.int32)
+                row.scores_E = None if scores_NE is None else scores_NE[number]
+            scores = [row.scores_E for row in mine if row.scores_E is not None]
+            self._staging.note_rows(
+                np.array([row.layer for row in mine]),
+                np.stack([row.experts_K for row in mine if row.experts_K is not None]),
+                np.array([row.misses for row in mine]),
+                np.stack(scores) if scores else None,
+            )
+        for row in rows:
+            self.look_ahead(row.layer, before)
+            self._talks[row.layer].forget()
+
+    def _scores(self, layers: list[int], k: int, known: int) -> Any:
+        """Gate scores [N, E] of these layers' rows, which keep the router's choice; None where nobody asks for them."""
+        told_NW = np.stack([self._talks[layer].told[: 2 * k + known] for layer in layers])
+        logits_NE = told_NW[:, 2 * k :] if known else None
+        experts_NK = told_NW[:, :k].astype(np.int32)
+        return self._scheduler.note_rows(layers, experts_NK, told_NW[:, k : 2 * k], logits_NE)
+
+    def look_ahead(self, layer: int, before: int) -> None:
+        """Forecast the layer after this one, unless the device has come to it by now."""
         k, known, coming = self._parts[layer]
-        if coming:
+        if coming and layer + 1 >= before:
             start = 2 * k + known
             self._scheduler.foresee(layer + 1, self._talks[layer].told[start : start + coming])
 
     def _give_up(self, look: Callable[[], bool]) -> None:
         """Let the device run to the step's end, whatever it computes."""
+        self._rows.clear()
         for talk in self._talks:
             talk.pass_all(self._turn)
         self._until(look, look)
         for talk in self._talks:
             talk.forget()
+
+
+class Patience:
+    """With a device that is waited for.
+
+    Args:
+        look: asks it how it is; raises what has befallen it.
+    """
+
+    def __init__(self, look: Callable[[], object]) -> None:
+        self._look = look
+        self._looks = 0
+        self._deadline_s = 0.0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nobody has looked yet."""
+        return self._looks == 0
+
+    def wears(self) -> None:
+        """Looked in vain once more. Raises EngineStoppedError after a minute, and what has befallen the device."""
+        self._looks += 1
+        if self._looks % LOOKS:
+            return
+        self._look()
+        now_s = time.monotonic()
+        self._deadline_s = self._deadline_s or now_s + DEVICE_TIMEOUT_S
+        if now_s > self._deadline_s:
+            raise EngineStoppedError(f"the device did not go on with a step in {DEVICE_TIMEOUT_S:g} s")
 
 
 def captured_decode(

@@ -237,7 +237,11 @@ class Bay(ABC):
         if priority != ON_DEMAND:
             self._unused.add(identifier)
         source = self._store.experts[identifier]
-        self._tickets[identifier] = self._loader.start(source, self.pool.slots[slot], self.expert_bytes, priority)
+        ticket = self._loader.start(source, self.pool.slots[slot], self.expert_bytes, priority)
+        self._note_start(identifier, ticket, priority)
+
+    def _note_start(self, identifier: int, ticket: Ticket, priority: int) -> None:
+        self._tickets[identifier] = ticket
         self._started_s[identifier] = self.clock()
         self._failed.pop(identifier, None)
         if self.tracer is not None:

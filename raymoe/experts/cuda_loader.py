@@ -24,7 +24,7 @@ from raymoe.experts.packing import PackedExpert
 PIECE_BYTES = 5 << 20  # of a prefetch: 97% of a PCIe 5 link's peak, and 0.1 ms that an urgent load may have to wait
 WINDOW = 2  # pieces enqueued: 0.2 ms of that link, longer than whoever pumps does anything else
 LOOKS = 4096  # between two looks at the clock, of a microsecond each
-TIMED_EVERY = 8  # loads; all of them while somebody looks
+TIMED_EVERY = 32  # loads; all of them while somebody looks
 
 
 @dataclass(slots=True, eq=False)
@@ -132,6 +132,20 @@ class CudaLoader:
             self.pump()
         return ticket
 
+    @property
+    def native(self) -> tuple[int, int] | None:
+        """As the stream's, while the next load need not be timed, nor wait for computing."""
+        if self.clock is not None or self._started % TIMED_EVERY == 0 or not self.follows_host:
+            return None
+        return self.stream.native
+
+    def adopt(self, source: PackedExpert, target: PackedExpert) -> CudaTicket:
+        """A load whose copy somebody else has just enqueued."""
+        self._started += 1
+        ticket = CudaTicket(self, source, target, is_timed=False, offset=source.numel)
+        self._end(ticket)
+        return ticket
+
     def pump(self) -> None:
         """Enqueue pieces of prefetches as far as there is room. Never waits."""
         while self._under_way and self._under_way[0].query():
@@ -175,9 +189,13 @@ class CudaLoader:
         self.stream.copy(ticket.source, ticket.target, start, end)
         ticket.offset = end
         if end == size:
-            ticket.ended = self.stream.mark()
-            self._places += 1
-            ticket.place = self._places
+            self._end(ticket)
+
+    def _end(self, ticket: CudaTicket) -> None:
+        """The last copy of a load is enqueued."""
+        ticket.ended = self.stream.mark()
+        self._places += 1
+        ticket.place = self._places
 
     def set_clock(self) -> None:
         """Relate the device's time to the host's."""

@@ -34,6 +34,12 @@ class CopyStream(Protocol):
         """Enqueue a copy of these elements from host memory."""
         ...
 
+    @property
+    def native(self) -> tuple[int, int] | None:
+        """For who enqueues copies without Python: the address of a function (target, source, bytes, stream) that
+        returns 0, and the stream's; None where there is none."""
+        ...
+
     def mark(self) -> Mark:
         """Enqueue a mark."""
         ...
@@ -87,6 +93,12 @@ class CudaCopyStream:
             else:
                 self._through_ring(source.flat[start:end].view(torch.uint8), target.flat[start:end].view(torch.uint8))
 
+    @property
+    def native(self) -> tuple[int, int] | None:
+        """The driver's own."""
+        address = self._driver.address
+        return None if address is None else (address, self._handle)
+
     def _through_ring(self, source: torch.Tensor, target: torch.Tensor) -> None:
         if not self._ring:
             self._ring = [torch.empty(STAGING_BYTES, dtype=torch.uint8).pin_memory() for _ in range(STAGING_BUFFERS)]
@@ -126,6 +138,11 @@ class CudaDriver:
         with contextlib.suppress(OSError):
             self._copy = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuMemcpyHtoDAsync_v2
             self._copy.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+    @property
+    def address(self) -> int | None:
+        """Of the copying function."""
+        return None if self._copy is None else ctypes.cast(self._copy, ctypes.c_void_p).value
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> bool:
         """Enqueue a copy from pinned host memory; whether the driver took it. It does for the thread's own device."""

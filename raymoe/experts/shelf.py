@@ -6,21 +6,28 @@ P pairs, E experts.
 import math
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
+from raymoe.errors import LoadCancelledError
 from raymoe.experts.bay import SLOT_WAIT_S, Bay, Step
 from raymoe.experts.call import expert_id, layer_and_expert
 from raymoe.experts.costs import Cost
+from raymoe.experts.cuda_loader import CudaLoader
 from raymoe.experts.host_store import HostStore
-from raymoe.experts.loader import LOAD_TIMEOUT_S, ON_DEMAND, PREFETCH, Loader
+from raymoe.experts.loader import LOAD_TIMEOUT_S, ON_DEMAND, PREFETCH, Loader, Ticket
 from raymoe.experts.orders import Orders
+from raymoe.experts.packing import PackedExpert
 from raymoe.experts.slots import Residency, SlotPool
 from raymoe.placement.eviction import prefetch_is_welcome
 from raymoe.placement.host_assist import fastest_split
 from raymoe.placement.keeping import Keeper
 from raymoe.types import StepId
 
+RANKED = 32  # slots per layer that are put in order beforehand: more than a row's misses
+LONG_S = 1e-4  # about what the books of some rows take
 MOST_HOST_ROWS = 16  # of a step; the cost of an expert on the host is known for few rows, prompts have hundreds
 
 
@@ -49,7 +56,9 @@ class Shelf(Bay):
         self._orders = Orders()
         self._ahead: set[int] = set()  # prefetches under way
         self._begun: set[int] = set()  # loads that a row began before its call
-        self._ranked: dict[int, list[int]] = {}  # by layer, slots in the order in which they would be emptied
+        # by layer, its own slots in the order in which they would be emptied, ended by -1; what is no longer true of
+        # one is found out when it is its turn
+        self.ranked_LR = np.full((len(residency.ready_slot_LE), RANKED + 1), -1, dtype=np.int32)
 
     # --- a layer call -----------------------------------------------------------------------------------
 
@@ -70,13 +79,15 @@ class Shelf(Bay):
             self.residency.shielded_S[slots_K[slots_K >= 0]] = True
             return slots_K
 
-    def start(self, layer: int, experts: list[int]) -> None:
-        """A row that was taken needs these, whatever else is decided about it: load them before anything else is done.
+    def start(self, layer: int, experts: list[int], row_K: np.ndarray) -> bool:
+        """Load these of a row before anything else is done. False where a slot is lacking.
 
-        As far as there are slots. What begins here, ``begin_row`` finds under way.
+        The row's other experts are shielded, as far as they are there. What begins here, ``begin_row`` finds under way.
         """
         slot_of, tickets = self.residency.slot_of, self._tickets
         with self._lock:
+            slots_K = self.residency.ready_slot_LE[layer][row_K]
+            self.residency.shielded_S[slots_K[slots_K >= 0]] = True
             for expert in experts:
                 identifier = expert_id(layer, expert)
                 if identifier in slot_of:
@@ -85,7 +96,78 @@ class Shelf(Bay):
                 elif self._begin_load(identifier, ON_DEMAND, self._prepared_victim(layer)):
                     self._begun.add(identifier)
                 else:
-                    return
+                    return False
+            return True
+
+    def arrive(self, layer: int, experts_K: np.ndarray, meanwhile: Callable[[], None]) -> np.ndarray:
+        """The slots of a row that was taken and all of whose experts are in slots or under way, when all are there.
+
+        Raises what a load failed with.
+
+        Args:
+            meanwhile: done once, if it is long until then.
+        """
+        wanted = [expert_id(layer, expert) for expert in experts_K.tolist()]
+        with self._lock:
+            for i in wanted:
+                if i not in self.residency.slot_of:  # its load has failed already
+                    raise self._failed.pop(i, LoadCancelledError("the load was cancelled"))
+            tickets = [ticket for i in wanted if (ticket := self._tickets.get(i)) is not None]
+            slots_K = np.array([self.residency.slot_of[i] for i in wanted], dtype=np.int32)
+            begun_s = min((self._started_s[i] for i in wanted if i in self._started_s), default=0.0)
+        if tickets and begun_s + len(tickets) * (self.load_cost.mean_s or 0.0) - self.clock() > LONG_S:
+            meanwhile()
+        self._land_all(tickets)
+        return slots_K
+
+    def _land_all(self, tickets: list[Ticket]) -> None:
+        for ticket in reversed(tickets):  # a device's copies are in one order: when the last has ended, all have
+            ticket.land(LOAD_TIMEOUT_S)
+        for ticket in tickets:
+            if ticket.error is not None:  # never compute what is not there
+                raise ticket.error
+
+    @contextmanager
+    def begun_elsewhere(self) -> Iterator[None]:
+        """While entered, nobody else loads into slots."""
+        with self._lock:
+            yield
+
+    def adopt(self, layer: int, begun: list[tuple[int, int]]) -> None:
+        """The caller has enqueued loads of a row that it has taken: (expert, slot), of the slots in ``ranked_LR``.
+
+        It must not have left ``begun_elsewhere`` since.
+        """
+        assert isinstance(self._loader, CudaLoader), "only its copies can be enqueued by somebody else"
+        for expert, slot in begun:
+            identifier = expert_id(layer, expert)
+            source = self._store.experts[identifier]
+            assert isinstance(source, PackedExpert), "experts move in one piece"
+            self._claim(identifier, slot)
+            self._note_start(identifier, self._loader.adopt(source, self.pool.slots[slot]), ON_DEMAND)
+            self._begun.add(identifier)
+
+    def note_rows(
+        self, layers_N: np.ndarray, experts_NK: np.ndarray, misses_N: list[int], scores_NE: np.ndarray | None
+    ) -> None:
+        """Rows of several layers, in this order, that were computed from slots: what ``begin_row`` would have noted."""
+        with self._lock:
+            if self._tickets:
+                self._settle()
+            residency = self.residency
+            residency.note_use(residency.ready_slot_LE[layers_N[:, None], experts_NK])
+            ids_NK = [
+                [expert_id(layer, expert) for expert in experts_K]
+                for layer, experts_K in zip(layers_N.tolist(), experts_NK.tolist(), strict=True)
+            ]
+            self._count(experts_NK.size, experts_NK.size - sum(misses_N))
+            self.keeper.steps(layers_N, scores_NE, experts_NK)
+            self.ranked_LR[layers_N, 0] = -1
+            for layer, ids_K in zip(layers_N.tolist(), ids_NK, strict=True):
+                self.counters.prefetches_late += self._orders.drop(layer)
+                self._begun.difference_update(ids_K)
+                if self._unused:
+                    self._asked_for(ids_K)
 
     def prepare(self, layer: int) -> None:
         """Find out, while there is time, whose slots a row of the layer would take. See ``start``."""
@@ -118,11 +200,7 @@ class Shelf(Bay):
             hosted, slot_of = set(step.hosted), self.residency.slot_of
             wanted = [expert_id(step.layer, expert) for expert in experts_K.tolist()]
             slots = [-1 if i in hosted else slot_of[i] for i in wanted]
-        for ticket in reversed(tickets):  # a device's copies are in one order: when the last has ended, all have
-            ticket.land(LOAD_TIMEOUT_S)
-        for ticket in tickets:
-            if ticket.error is not None:  # never compute what is not there
-                raise ticket.error
+        self._land_all(tickets)
         return np.array(slots, dtype=np.int32)
 
     def order_hosted(self) -> None:
@@ -150,7 +228,7 @@ class Shelf(Bay):
                 self._settle(settles)
             self.counters.prefetches_late += self._orders.drop(layer)
             self.keeper.step(layer, scores_E, experts_P, rows)
-            self._ranked.pop(layer, None)
+            self.ranked_LR[layer, 0] = -1
             self._cancel_wrong(layer, experts_P)
             slots_P = self.residency.ready_slot_LE[layer][experts_P]
             if self._begun:  # a load that this call itself began is a miss, however soon it is done
@@ -238,7 +316,7 @@ class Shelf(Bay):
                 self.counters.prefetches_late += len(experts)
                 return
             self.keeper.expect(layer, experts, worth)
-            self._ranked.pop(layer, None)
+            self.ranked_LR[layer, 0] = -1
             first = expert_id(layer, 0)
             self._order(layer, {first | e: w for e, w in zip(experts.tolist(), worth.tolist(), strict=True)})
 
@@ -253,6 +331,11 @@ class Shelf(Bay):
         a device that tells nobody when."""
         if self._tickets or self._orders.by_layer:
             self.on_idle()
+
+    @property
+    def is_prefetching(self) -> bool:
+        """Whether loads ahead of need are under way, or ordered."""
+        return bool(self._ahead or self._orders.by_layer)
 
     def replace_keeper(self, keeper: Keeper) -> None:
         """Judge by other values from now on."""
@@ -325,7 +408,7 @@ class Shelf(Bay):
             if identifier in self.residency.slot_of or identifier not in self._store.experts:
                 continue
             layer = int(layer_and_expert(identifier)[0])
-            if layer not in self._ranked:
+            if self.ranked_LR[layer, 0] < 0:
                 self._rank(layer)
             victim = self._prepared_victim(layer)
             if victim is None:
@@ -361,16 +444,19 @@ class Shelf(Bay):
         residency = self.residency
         own = residency.own_slots(layer)
         if own is None or residency.has_free:
-            self._ranked.pop(layer, None)
+            self.ranked_LR[layer, 0] = -1
             return
         values = self.keeper.values(residency.place_S[own], residency.last_use_S[own])
-        self._ranked[layer] = own[np.argsort(values, kind="stable")].tolist()
+        first = own[np.argsort(values, kind="stable")[:RANKED]]
+        self.ranked_LR[layer, : len(first)] = first
+        self.ranked_LR[layer, len(first)] = -1
 
     def _prepared_victim(self, layer: int) -> int | None:
         """The next of these that may be emptied; None where nothing was prepared, or no slot is left of it."""
-        residency, ranked = self.residency, self._ranked.get(layer)
-        while ranked:
-            slot = ranked.pop(0)
+        residency = self.residency
+        for slot in self.ranked_LR[layer].tolist():
+            if slot < 0:
+                break
             if residency.ready_S[slot] and not residency.shielded_S[slot] and residency.layer_S[slot] == layer:
                 return int(slot)
         return None
@@ -388,11 +474,17 @@ class Shelf(Bay):
             step.arriving.append(identifier)
 
     def _begin_load(self, identifier: int, priority: int, victim: int | None = None) -> bool:
-        claimed = self.residency.claim(identifier, self._victim(identifier) if victim is None else victim)
-        if claimed is None:
+        slot = self._claim(identifier, self._victim(identifier) if victim is None else victim)
+        if slot is None:
             return False
+        self._start_load(identifier, slot, priority)
+        return True
+
+    def _claim(self, identifier: int, victim: int | None) -> int | None:
+        claimed = self.residency.claim(identifier, victim)
+        if claimed is None:
+            return None
         slot, evicted = claimed
         if evicted is not None:
             self._note_evicted(evicted)
-        self._start_load(identifier, slot, priority)
-        return True
+        return slot

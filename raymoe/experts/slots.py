@@ -17,6 +17,8 @@ from raymoe.experts.compute import WeightTable
 from raymoe.experts.packing import PackedExpert, Packing
 from raymoe.placement.eviction import lowest_value
 
+ABSENT, UNDER_WAY = -1, -2  # kernels/turns.cpp knows them too
+
 
 class SlotPool:
     """Memory for ``count`` experts of one shape.
@@ -65,7 +67,7 @@ class Residency:
     does worse (recency by a tenth of the hits: what the next layers need is always what was used longest ago).
 
     ``ready_slot_LE`` answers for a whole layer call at once: the slot of each expert that can be computed now,
-    -1 for the others.
+    ABSENT for one that is in none, UNDER_WAY for one that is being loaded into one; both are negative.
 
     Args:
         count: slots.
@@ -74,7 +76,7 @@ class Residency:
 
     def __init__(self, count: int, layers: int, experts: int, sharing: int | None = None) -> None:
         self.slot_of: dict[int, int] = {}
-        self.ready_slot_LE = np.full((layers, experts), -1, dtype=np.int32)
+        self.ready_slot_LE = np.full((layers, experts), ABSENT, dtype=np.int32)
         self.expert_in: list[int | None] = [None] * count
         self.layer_S = np.zeros(count, dtype=np.int64)
         self.place_S = np.zeros(count, dtype=np.int64)  # layer x experts per layer + expert
@@ -107,6 +109,13 @@ class Residency:
         self._step += 1
         self.last_use_S[slot] = self._step
         self.shielded_S[slot] = True
+
+    def note_use(self, slots_NK: np.ndarray) -> None:
+        """N steps have used these slots, one after the other; a negative one is a slot that was given up since."""
+        steps_N1 = self._step + 1 + np.arange(len(slots_NK))[:, None]
+        here_NK = slots_NK >= 0
+        self.last_use_S[slots_NK[here_NK]] = np.broadcast_to(steps_N1, slots_NK.shape)[here_NK]
+        self._step += len(slots_NK)
 
     def unshield(self, slots: np.ndarray | list[int] | slice) -> None:
         """Allow eviction again."""
@@ -173,6 +182,7 @@ class Residency:
         if before != layer:
             self._slots_of_layer[before] = self._slots_of_layer[layer] = None
         self.layer_S[slot], self.place_S[slot] = layer, layer * self.ready_slot_LE.shape[1] + number
+        self.ready_slot_LE[layer, number] = UNDER_WAY
         self._held_L[layer] += 1
         self.ready_S[slot] = False
         self._step += 1
@@ -196,4 +206,4 @@ class Residency:
     def _forget(self, expert: int) -> None:
         slot = self.slot_of.pop(expert)
         self._held_L[self.layer_S[slot]] -= 1
-        self.ready_slot_LE[layer_and_expert(expert)] = -1
+        self.ready_slot_LE[layer_and_expert(expert)] = ABSENT

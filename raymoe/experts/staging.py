@@ -7,8 +7,10 @@ K experts per token, H hidden.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,9 @@ import torch
 from raymoe.errors import ExpertUnavailableError
 from raymoe.experts.call import ExpertAnswer, layer_and_expert
 from raymoe.experts.cuda_loader import CudaLoader
+from raymoe.experts.host_store import HostStore
 from raymoe.experts.loader import Loader
+from raymoe.experts.packing import PackedExpert
 from raymoe.experts.shelf import Shelf
 from raymoe.experts.slots import SlotPool
 from raymoe.experts.usage import Usage
@@ -51,6 +55,7 @@ class Staging:
         owned: bool per expert of each layer, whether it is in the worker's shard.
         usage: counts who is asked for.
         on_host: computes experts from host memory; hidden_L: width of each layer's rows, dtype: their precision.
+        shard: what the worker has in host memory; version: another number whenever that, or what it owns, has changed.
     """
 
     def __init__(
@@ -64,6 +69,8 @@ class Staging:
         on_host: OnHost,
         hidden_L: list[int],
         dtype: torch.dtype,
+        shard: HostStore,
+        version: Callable[[], int],
     ) -> None:
         self.name = name
         self._shelves = shelves
@@ -75,6 +82,14 @@ class Staging:
         self._on_host = on_host
         self._hidden_L = hidden_L
         self._dtype = dtype
+        self._shard = shard
+        self._version = version
+        self._shelf_of_L = np.array(of_layer)
+        self._source_LE = np.zeros((len(owned), self.most_experts), dtype=np.uint64)
+        self._target_of = {
+            id(shelf): np.array([slot.address for slot in shelf.pool.slots], dtype=np.uint64) for shelf in shelves
+        }
+        self._addressed = -1
         self.waited_s = 0.0
 
     @property
@@ -109,21 +124,101 @@ class Staging:
         """A step begins: the host has seen the end of all computing in slots that loads may take."""
         self._before = self._pairs()
         self.waited_s = 0.0
+        if self._addressed != self._version():
+            self._address_sources()
         if self._loader is not None:
             self._loader.follows_host = True
 
     def take(self, layer: int, experts_K: np.ndarray) -> np.ndarray:
-        """The slots of one row's experts, int32, -1 for those that are not there. ``stage`` must follow.
+        """The slots of one row's experts, int32, negative for those that are not there.
 
-        They are shielded until the next call.
+        They are shielded until the next call. ``stage`` or ``note_rows`` must follow.
         """
         return self._by_layer[layer].take(layer, experts_K)
 
-    def start(self, layer: int, experts: list[int]) -> None:
-        """Begin loads at once of experts of a row that was taken; of one only where the host may take others over."""
-        owned_E, shelf = self._owned[layer], self._by_layer[layer]
-        mine = [expert for expert in experts if owned_E[expert]]
-        shelf.start(layer, mine if shelf.host_cost is None else mine[:1])
+    def start(self, layer: int, experts: list[int], row_K: np.ndarray) -> bool:
+        """Begin loads at once of experts of a row; see ``Shelf.start``.
+
+        Raises ExpertUnavailableError where an expert is not in the worker's shard.
+        """
+        self._check_owned(layer, experts)
+        return self._by_layer[layer].start(layer, experts, row_K)
+
+    def arrive(self, layer: int, experts_K: np.ndarray, meanwhile: Callable[[], None]) -> np.ndarray:
+        """The slots of a row whose loads have all begun, when all is there; see ``Shelf.arrive``."""
+        start = time.perf_counter()
+        slots_K = self._by_layer[layer].arrive(layer, experts_K, meanwhile)
+        self.waited_s += time.perf_counter() - start
+        return slots_K
+
+    def _check_owned(self, layer: int, experts: Any) -> None:
+        if not self._owned[layer][experts].all():
+            raise ExpertUnavailableError(f'device "{self.name}" does not own all experts asked for in layer {layer}')
+
+    def note_rows(
+        self, layers_N: np.ndarray, experts_NK: np.ndarray, misses_N: np.ndarray, scores_NE: np.ndarray | None
+    ) -> None:
+        """Rows of several layers that were taken, and computed from slots alone."""
+        self._usage.note_rows(layers_N, experts_NK)
+        shelf_N = self._shelf_of_L[layers_N]
+        for number in np.unique(shelf_N).tolist() if len(self._shelves) > 1 else [0]:
+            mine_N = shelf_N == number
+            scores = None if scores_NE is None else scores_NE[mine_N]
+            self._shelves[number].note_rows(layers_N[mine_N], experts_NK[mine_N], misses_N[mine_N].tolist(), scores)
+
+    # --- for whoever takes rows and begins loads himself (kernels/turns.cpp) -------------------------------
+
+    def memory(self, layer: int) -> dict[str, int]:
+        """Where the layer's slots are kept book of, as ``kernels.turns.TurnMemory`` names it."""
+        shelf = self._by_layer[layer]
+        residency = shelf.residency
+        return {
+            "slot_of": residency.ready_slot_LE[layer].ctypes.data,
+            "ready": residency.ready_S.ctypes.data,
+            "shielded": residency.shielded_S.ctypes.data,
+            "slots": len(residency.ready_S),
+            "layer_of": residency.layer_S.ctypes.data,
+            "layer": layer,
+            "source": self._source_LE[layer].ctypes.data,
+            "target": self._target_of[id(shelf)].ctypes.data,
+            "bytes": shelf.expert_bytes,
+            "ranked": shelf.ranked_LR[layer].ctypes.data,
+        }
+
+    def eager(self) -> tuple[int, tuple[int, int] | None]:
+        """How many loads of a row may be begun outside of it now, and by what: see ``CopyStream.native``."""
+        native = self._loader.native if self._loader is not None else None
+        return (1 if self.may_assist else self.most_experts), native
+
+    @contextmanager
+    def begun_elsewhere(self) -> Iterator[None]:
+        """While entered, nobody else loads into slots."""
+        if len(self._shelves) == 1:
+            with self._shelves[0].begun_elsewhere():
+                yield
+            return
+        with ExitStack() as stack:
+            for shelf in self._shelves:
+                stack.enter_context(shelf.begun_elsewhere())
+            yield
+
+    def adopt(self, layer: int, begun: list[tuple[int, int]]) -> None:
+        """See ``Shelf.adopt``."""
+        self._by_layer[layer].adopt(layer, begun)
+
+    def _address_sources(self) -> None:
+        """Where the shard lies in host memory, as far as a device reads it there by itself."""
+        self._addressed = self._version()
+        self._source_LE[:] = 0
+        for identifier, expert in self._shard.experts.items():
+            layer, number = layer_and_expert(identifier)
+            if self._owned[layer][number] and isinstance(expert, PackedExpert) and self._is_read_by_device(expert):
+                self._source_LE[layer, number] = expert.address
+
+    def _is_read_by_device(self, expert: PackedExpert) -> bool:
+        return self.device.type != "cuda" or expert.is_pinned
+
+    # --- one row ------------------------------------------------------------------------------------------
 
     def prepare(self, layer: int) -> None:
         """The device will come to a layer; what can be found out beforehand is."""
@@ -150,8 +245,7 @@ class Staging:
             weights_K: of the experts, float32.
             state_H: the row, float32; None: the host computes nothing.
         """
-        if not self._owned[layer][experts_K].all():
-            raise ExpertUnavailableError(f'device "{self.name}" does not own all experts asked for in layer {layer}')
+        self._check_owned(layer, experts_K)
         self._usage.note(layer, experts_K)
         shelf = self._by_layer[layer]
         step = shelf.begin_row(layer, experts_K, scores_E, host_may=state_H is not None)
@@ -173,6 +267,11 @@ class Staging:
     def order_hosted(self, layer: int) -> None:
         """What the host has computed of the layer's row is loaded later, when the link is free."""
         self._by_layer[layer].order_hosted()
+
+    @property
+    def is_prefetching(self) -> bool:
+        """Whether ``pump`` has much to do."""
+        return any(shelf.is_prefetching for shelf in self._shelves)
 
     def pump(self) -> None:
         """Let prefetches go on; for whoever waits for the device."""

@@ -37,6 +37,10 @@ class Usage:
         """These pairs were asked for. Of a prompt's many, evenly spread ones stand for all."""
         self._noted.append(experts_P[:: len(experts_P) // MOST_PAIRS + 1] + layer * self._recent_LE.shape[1])
 
+    def note_rows(self, layers_N: np.ndarray, experts_NK: np.ndarray) -> None:
+        """One row of each of several layers."""
+        self._noted.append((experts_NK + layers_N[:, None] * self._recent_LE.shape[1]).reshape(-1))
+
     def recent(self, now_s: float) -> np.ndarray:
         """Uses [L, E], each weighing less the longer ago it was seen here."""
         with self._reading:

@@ -113,6 +113,7 @@ class ExpertWorker:
         self._computes = [LayerCompute(module, dtype, device, kernels) for module in modules]
         self._tables = [WeightTable(layer.num_experts) for layer in layers]
         self._owns_all = False
+        self._version = 0  # of the shard
         self._owned = [np.zeros(layer.num_experts, dtype=bool) for layer in layers]
         self._shard_lock = threading.Lock()  # so that no expert leaves while a call that needs it begins
         self._in_hand = False  # whether a call has begun and not ended
@@ -161,6 +162,7 @@ class ExpertWorker:
                 self._owned[key.layer][key.expert] = True
                 self._tables[key.layer].put(key.expert, tensors)
         self._owns_all = all(owned.all() for owned in self._owned)
+        self._version += 1
 
     @property
     def owned(self) -> tuple[ExpertKey, ...]:
@@ -186,6 +188,7 @@ class ExpertWorker:
 
     def _let_go(self) -> None:
         """Free what was given up, as far as nobody uses it. The caller holds the lock."""
+        self._version += 1
         if self._in_hand:
             return
         for key in list(self._leaving):
@@ -464,6 +467,8 @@ class ExpertWorker:
             self._on_host,
             [self._hidden(layer) for layer in range(len(self.layers))],
             self.dtype,
+            self.store,
+            lambda: self._version,
         )
 
     def _on_host(self, layer: int, experts_N: np.ndarray, hidden_1H: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Builds and loads the C++ kernels.
 
-The library is built in about a second from ``native.cpp`` and kept in the user's cache directory under a digest of
-source, flags and processor. Where there is no compiler, as in a container's image, one is taken that was built
-elsewhere for all processors of a kind: ``python -m raymoe.kernels.building`` makes it, beside the source.
+The library is built in a few seconds from native.cpp and turns.cpp, and kept in the user's cache directory under
+a digest of sources, flags and processor. Where there is no compiler, as in a container's image, one is taken that was
+built elsewhere for all processors of a kind: ``python -m raymoe.kernels.building`` makes it, beside the sources.
 """
 
 import ctypes
@@ -19,9 +19,10 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = (SOURCE, SOURCE.with_name("turns.cpp"))
 FLAG_SETS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 COMMON_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
-ABI = 8
+ABI = 9
 COMPILERS = ("c++", "g++", "clang++")
 PREBUILT = SOURCE.with_name("prebuilt.so")
 BUILD_TIMEOUT_S = 120
@@ -67,7 +68,7 @@ def _build(compiler: str, flags: list[str]) -> ctypes.CDLL:
 
 
 def _compile(compiler: str, flags: list[str], output: Path) -> None:
-    command = [compiler, *flags, str(SOURCE), "-o", str(output)]
+    command = [compiler, *flags, *map(str, SOURCES), "-o", str(output)]
     subprocess.run(command, check=True, capture_output=True, timeout=BUILD_TIMEOUT_S)
 
 
@@ -118,7 +119,12 @@ def cache_directory() -> Path:
 
 
 def _digest(compiler: str, flags: list[str]) -> str:
-    parts = [SOURCE.read_bytes(), compiler.encode(), " ".join(flags).encode(), _processor().encode()]
+    parts = [
+        *(source.read_bytes() for source in SOURCES),
+        compiler.encode(),
+        " ".join(flags).encode(),
+        _processor().encode(),
+    ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

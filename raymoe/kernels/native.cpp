@@ -796,7 +796,7 @@ int quantized_experts_of(int bits, Arguments... arguments) {
 
 extern "C" {
 
-int raymoe_abi() { return 8; }
+int raymoe_abi() { return 9; }
 
 void raymoe_attention_f32(const float* q, const float* k, const float* v, float* out, int64_t heads, int64_t kv_heads,
                           int64_t length, int64_t d, int64_t dv, const int64_t* strides, float scale, float* scratch,

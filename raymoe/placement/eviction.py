@@ -74,7 +74,7 @@ class ScoreWindow:
         self.mean_LE = np.zeros((layers, experts), dtype=np.float32)
         self._ring_LWE = np.zeros((layers, window, experts), dtype=np.float32)
         self._sum_LE = np.zeros((layers, experts))
-        self._steps_L = [0] * layers
+        self._steps_L = np.zeros(layers, dtype=np.int64)
 
     def observe(self, layer: int, scores_E: np.ndarray) -> None:
         """Add one step of a layer. Mutates.
@@ -83,7 +83,7 @@ class ScoreWindow:
             scores_E: gate scores of all experts, chosen or not, at least 0: of the token, or the mean over the batch.
                 NaN counts as 0.
         """
-        ring_WE, sum_E, step = self._ring_LWE[layer], self._sum_LE[layer], self._steps_L[layer]
+        ring_WE, sum_E, step = self._ring_LWE[layer], self._sum_LE[layer], int(self._steps_L[layer])
         place = step % len(ring_WE)
         scores_E = np.fmax(scores_E, 0.0)
         sum_E += scores_E
@@ -93,6 +93,19 @@ class ScoreWindow:
             ring_WE.sum(axis=0, dtype=np.float64, out=sum_E)
         self._steps_L[layer] = step + 1
         np.divide(sum_E, min(step + 1, len(ring_WE)), out=self.mean_LE[layer], casting="same_kind")
+
+    def observe_layers(self, layers_N: np.ndarray, scores_NE: np.ndarray) -> None:
+        """``observe`` for several layers, none of them twice. Mutates."""
+        window = self._ring_LWE.shape[1]
+        steps_N = self._steps_L[layers_N]
+        place_N = steps_N % window
+        scores_NE = np.fmax(scores_NE, np.float32(0.0))
+        self._sum_LE[layers_N] += scores_NE.astype(np.float64) - self._ring_LWE[layers_N, place_N]
+        self._ring_LWE[layers_N, place_N] = scores_NE
+        for layer in layers_N[place_N == window - 1].tolist():
+            self._ring_LWE[layer].sum(axis=0, dtype=np.float64, out=self._sum_LE[layer])
+        self._steps_L[layers_N] = steps_N + 1
+        self.mean_LE[layers_N] = self._sum_LE[layers_N] / np.minimum(steps_N + 1, window)[:, None]
 
 
 class UseCounts:

@@ -48,6 +48,19 @@ class Keeper:
         self._worth_LE[layer] = self._mean.mean_LE[layer]
         self._forecast_LE[layer] = False
 
+    def steps(self, layers_N: np.ndarray, scores_NE: np.ndarray | None, experts_NK: np.ndarray) -> None:
+        """``step`` of one row for each of several layers, none of them twice."""
+        if scores_NE is not None:
+            worth_NE = np.zeros((len(layers_N), self._worth_LE.shape[1]), dtype=np.float32)
+            worth_NE[:, : scores_NE.shape[1]] = scores_NE
+            worth_NE[np.arange(len(layers_N))[:, None], experts_NK] += np.float32(USED)
+            self._mean.observe_layers(layers_N, worth_NE)
+        if self.eviction == "lfu":
+            for layer, experts_K in zip(layers_N.tolist(), experts_NK, strict=True):
+                self._uses.observe(layer, experts_K)
+        self._worth_LE[layers_N] = self._mean.mean_LE[layers_N]
+        self._forecast_LE[layers_N] = False
+
     def expect(self, layer: int, experts: np.ndarray, worth: np.ndarray) -> None:
         """The forecast for a layer to come, and what each expert is worth by it; replaces an earlier one."""
         row_E = self._worth_LE[layer]

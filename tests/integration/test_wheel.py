@@ -82,6 +82,7 @@ def test_all_that_runs_is_in_it_and_nothing_else(installed: Installed) -> None:
         "raymoe/assets/tiny-moe/model.safetensors",
         "raymoe/assets/tiny-moe/tokenizer.json",
         "raymoe/kernels/native.cpp",
+        "raymoe/kernels/turns.cpp",
         "raymoe/serve/page/index.html",
         "deployments/app.py",
         "deployments/local.yaml",

@@ -409,7 +409,7 @@ def test_what_a_row_surely_needs_is_started_before_anything_else(prepared: bool)
     if prepared:
         shelf.prepare(0)
     take(shelf, [0, 5, 6, 1])
-    shelf.start(0, [5, 6])
+    assert shelf.start(0, [5, 6], np.array([0, 5, 6, 1], dtype=np.int32))
     assert loader.started[-2:] == [(5, ON_DEMAND), (6, ON_DEMAND)]
     assert [held(shelf, slot) for slot in land(shelf, [0, 5, 6, 1])] == [0.0, 5.0, 6.0, 1.0], "2 and 3 gave way"
     assert len(loader.started) == 6, "nothing was loaded twice"
@@ -419,5 +419,5 @@ def test_a_prefetch_that_a_row_surely_needs_is_hurried() -> None:
     shelf, loader = make_shelf(slots=4)
     expect(shelf, {5: 1.0})
     take(shelf, [5, 1])
-    shelf.start(0, [5, 1])
+    assert shelf.start(0, [5, 1], np.array([5, 1], dtype=np.int32))
     assert loader.tickets[5].hurried and loader.started == [(5, PREFETCH), (1, ON_DEMAND)]
