@@ -85,6 +85,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write what was found here")
     parser.add_argument("--part", choices=PARTS, action="append", help="these only")
+    parser.add_argument("--model", choices=[QWEN3.name, MIXTRAL.name], help="decode with this one only")
     parser.add_argument("--layers", type=int, help="of the models that are imitated; omitted: as many as memory takes")
     options = parser.parse_args()
     if not torch.cuda.is_available() or (gpu := load_gpu()) is None:
@@ -101,8 +102,9 @@ def main() -> int:
     if "link" in wanted or "decode" in wanted or "emulated" in wanted:
         report.part("memory", run.memory)
         report.part("link", run.link)
-    if "decode" in wanted:
+    if "decode" in wanted and options.model != MIXTRAL.name:
         report.part("decode_qwen3", lambda: run.decode(run.qwen3, SHARES, *STEPS))
+    if "decode" in wanted and options.model != QWEN3.name:
         report.part("decode_mixtral", lambda: run.decode(run.mixtral, (1 / 4,), *FEW_STEPS))
     if "emulated" in wanted:
         report.part("emulated", run.emulated)

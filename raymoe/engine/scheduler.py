@@ -21,16 +21,19 @@ from raymoe.config import SchedulingConfig
 from raymoe.engine.dispatch import Dispatcher, nothing
 from raymoe.engine.lost import LostExperts
 from raymoe.engine.substitution import Decide, Decided, mean_scores, per_row, substitute, warn_of_unknown
+from raymoe.kernels.turns import PlainRule
 from raymoe.model.router import Router
+from raymoe.model.router_rule import SMALLEST_SUM
 from raymoe.model.runner import SequenceState
 from raymoe.placement.prefetch import lookahead, wanted
 from raymoe.placement.routing import route
-from raymoe.placement.similarity import Similarity
+from raymoe.placement.similarity import ScoreCloseness, Similarity
 from raymoe.types import Routing, SamplingRecipe
 
 log = logging.getLogger(__name__)
 
 MOST_FORECAST_TOKENS = 64  # a longer prompt needs nearly all experts of a layer, so that nothing is to be foretold
+PLAIN_SCORES = ("softmax", "sigmoid")  # that kernels/turns.cpp knows
 LAYER_SMOOTHING = 0.02  # weight of one layer's time in the running mean: about six tokens of eight layers
 
 OnForecast = Callable[[int, np.ndarray, np.ndarray], None]
@@ -160,6 +163,28 @@ class ExpertScheduler:
             for rule in rules
         )
         return 1.0 + float(np.max(alpha)) if plain else None
+
+    def plain_rule(self) -> PlainRule | None:
+        """By which C++ decides rows as ``choose_row`` does, the router's logits being at hand; None where it can't."""
+        if not self._wants_scores or not self._routers:
+            return PlainRule(alpha=0.0, score="softmax", renormalised=False, scale=1.0)
+        rules = [router.rule for router in self._routers]
+        first, alpha = rules[0], per_row(self.alpha, 1)
+        if self.certainty() is None or self.decide is not route or first is None or first.score not in PLAIN_SCORES:
+            return None
+        if self.similarity is not None and not isinstance(self.similarity, ScoreCloseness):
+            return None
+        form = (first.score, first.renormalised, first.scale)
+        if any(rule is None or (rule.score, rule.renormalised, rule.scale) != form for rule in rules):
+            return None
+        return PlainRule(alpha=float(np.max(alpha)), score=form[0], renormalised=form[1], scale=form[2])
+
+    def note_replaced(self, layer: int, before_K: np.ndarray, after_K: np.ndarray, scores_E: np.ndarray) -> None:
+        """One row in which somebody else, by ``plain_rule``, has replaced experts."""
+        replaced_K = before_K != after_K
+        mass = float(scores_E[before_K[replaced_K]].sum() / max(float(scores_E[before_K].sum()), SMALLEST_SUM))
+        self.dispatcher.gave_way(layer, before_K[replaced_K])
+        self._decided.count(np.array([np.count_nonzero(replaced_K)]), np.array([mass], dtype=np.float32))
 
     def note_rows(
         self, layers: list[int], experts_NK: np.ndarray, weights_NK: np.ndarray, logits_NE: np.ndarray | None

@@ -28,7 +28,7 @@ from raymoe.experts.on_device import ComputeRow, KernelRow, compute_row
 from raymoe.experts.staging import Staging
 from raymoe.experts.worker import ExpertWorker
 from raymoe.kernels.gpu import GpuKernels, numel
-from raymoe.kernels.turns import NativeTurns, TurnMemory, native_turns
+from raymoe.kernels.turns import NativeTurns, PlainRule, TurnMemory, native_turns
 from raymoe.model.captured import CapturedDecode, GraphRecorder, Recorder
 from raymoe.model.runner import Runner
 from raymoe.model.sites import MoeSite
@@ -46,11 +46,13 @@ class Row:
 
     Attributes:
         misses: experts that were not there when the device came.
-        experts_K, scores_E: where it was decided about; otherwise the router's choice stood.
+        replaced: how many experts C++ has put in the place of others.
+        experts_K: as computed; None: the router's choice. scores_E: gate scores; None: not known yet.
     """
 
     layer: int
     misses: int = 0
+    replaced: int = 0
     experts_K: np.ndarray | None = None
     scores_E: np.ndarray | None = None
 
@@ -109,6 +111,7 @@ class DeviceTurns:
         self._turn, self._is_open = 0, False
         self._native: NativeTurns | None = None
         self._certainty: float | None = None
+        self._rule: PlainRule | None = None  # by which C++ decides rows in this step
         self._sure: list[int] = []  # experts of the row in hand whose loads were begun before it was decided
         self._rows: list[Row] = []  # answered rows, of which the books know nothing yet
         self._slots = [torch.zeros(k, dtype=torch.int64, device=device) for k in top_k]
@@ -177,7 +180,10 @@ class DeviceTurns:
                 [TurnMemory(**talk.memory(), **self._staging.memory(layer)) for layer, talk in enumerate(self._talks)]
             )
         self._turn += 1
-        self._certainty = self._scheduler.certainty()
+        self._certainty, self._rule = self._scheduler.certainty(), None
+        if self._native is not None and (rule := self._scheduler.plain_rule()) is not None:
+            has_logits = all(known for _, known, _ in self._parts) or not rule.alpha
+            self._rule = rule if has_logits else None
         self._staging.begin()
 
     def serve(self, look: Callable[[], bool]) -> None:
@@ -218,7 +224,7 @@ class DeviceTurns:
                 if len(self._rows) >= due:
                     self._enter(layer)
             reached, is_missing = self._run(layer)
-            self._rows.extend(Row(passed) for passed in range(layer, reached))
+            self._rows.extend(self._row(passed) for passed in range(layer, reached))
             if is_missing:
                 return reached
             if reached > layer:
@@ -236,7 +242,7 @@ class DeviceTurns:
             factor = self._certainty if self._certainty is not None else math.inf
             patience_ns = SHORT_NS if staging.is_prefetching else PATIENCE_NS
             with staging.begun_elsewhere():
-                passed = self._native.run(layer, self._turn, factor, most, patience_ns, copy)
+                passed = self._native.run(layer, self._turn, self._rule, factor, most, patience_ns, copy)
                 if passed.begun:
                     staging.adopt(passed.layer, passed.begun)
             self._sure = [expert for expert, _ in passed.begun]
@@ -263,17 +269,18 @@ class DeviceTurns:
         """
         talk, staging = self._talks[layer], self._staging
         k, known, coming = self._parts[layer]
-        told, row = talk.told, Row(layer)
+        told, row = talk.told, self._row(layer)
         experts_K, weights_K = told[:k].astype(np.int32), told[k : 2 * k]
         available_E = staging.ready(layer)
-        missing = experts_K[~available_E[experts_K]].tolist()
-        if not set(missing) <= set(self._sure):
+        if self._rule is not None and self._native is not None:
+            experts_K, weights_K = self._native.chosen_LK[layer, :k], self._native.weights_LK[layer, :k]
+        elif not set(experts_K[~available_E[experts_K]].tolist()) <= set(self._sure):
             logits_E = told[2 * k : 2 * k + known] if known else None
             experts_K, weights_K, row.scores_E = self._scheduler.choose_row(
                 layer, experts_K, weights_K, logits_E, available_E
             )
             row.experts_K = experts_K
-            missing = np.sort(experts_K[~available_E[experts_K]]).tolist()
+        missing = np.sort(experts_K[~available_E[experts_K]]).tolist()
         hidden = self._hidden[layer]
         row.misses = len(missing)
         if not hidden and staging.start(layer, missing, experts_K):
@@ -281,8 +288,7 @@ class DeviceTurns:
             talk.answer(self._turn, slots_K, weights_K)
             self._rows.append(row)
             return
-        if row.experts_K is None:
-            row.scores_E = self._scores([layer], k, known)[0]
+        self._complete([row])
         start = 2 * k + known + coming
         state_H = told[start : start + hidden] if hidden else None
         staged = staging.stage(layer, experts_K, row.scores_E, weights_K, state_H)
@@ -303,13 +309,9 @@ class DeviceTurns:
             before: the layer that the device has come to by now.
         """
         rows, self._rows = self._rows, []
-        for part, group in groupby(rows, lambda row: self._parts[row.layer]):
-            mine, (k, known, _) = list(group), part
-            plain = [row for row in mine if row.experts_K is None]
-            scores_NE = self._scores([row.layer for row in plain], k, known) if plain else None
-            for number, row in enumerate(plain):
-                row.experts_K = self._talks[row.layer].told[:k].astype(np.int32)
-                row.scores_E = None if scores_NE is None else scores_NE[number]
+        for _, group in groupby(rows, lambda row: self._parts[row.layer]):
+            mine = list(group)
+            self._complete(mine)
             scores = [row.scores_E for row in mine if row.scores_E is not None]
             self._staging.note_rows(
                 np.array([row.layer for row in mine]),
@@ -321,12 +323,28 @@ class DeviceTurns:
             self.look_ahead(row.layer, before)
             self._talks[row.layer].forget()
 
-    def _scores(self, layers: list[int], k: int, known: int) -> Any:
-        """Gate scores [N, E] of these layers' rows, which keep the router's choice; None where nobody asks for them."""
+    def _row(self, layer: int) -> "Row":
+        """What is known of a layer's row so far."""
+        if self._rule is None or self._native is None:
+            return Row(layer)
+        return Row(layer, replaced=int(self._native.replaced_L[layer]), experts_K=self._native.chosen_LK[layer])
+
+    def _complete(self, rows: list["Row"]) -> None:
+        """Find out what is not known yet of rows that tell alike: their experts, and the gate scores of all."""
+        open_rows = [row for row in rows if row.scores_E is None]
+        if not open_rows:
+            return
+        layers = [row.layer for row in open_rows]
+        k, known, _ = self._parts[layers[0]]
         told_NW = np.stack([self._talks[layer].told[: 2 * k + known] for layer in layers])
-        logits_NE = told_NW[:, 2 * k :] if known else None
-        experts_NK = told_NW[:, :k].astype(np.int32)
-        return self._scheduler.note_rows(layers, experts_NK, told_NW[:, k : 2 * k], logits_NE)
+        experts_NK, logits_NE = told_NW[:, :k].astype(np.int32), told_NW[:, 2 * k :] if known else None
+        scores_NE = self._scheduler.note_rows(layers, experts_NK, told_NW[:, k : 2 * k], logits_NE)
+        for number, row in enumerate(open_rows):
+            row.experts_K = experts_NK[number] if row.experts_K is None else row.experts_K[:k]
+            if scores_NE is not None:
+                row.scores_E = scores_NE[number]
+                if row.replaced:
+                    self._scheduler.note_replaced(row.layer, experts_NK[number], row.experts_K, scores_NE[number])
 
     def look_ahead(self, layer: int, before: int) -> None:
         """Forecast the layer after this one, unless the device has come to it by now."""

@@ -27,7 +27,7 @@ from raymoe.placement.keeping import Keeper
 from raymoe.types import StepId
 
 RANKED = 32  # slots per layer that are put in order beforehand: more than a row's misses
-LONG_S = 1e-4  # about what the books of some rows take
+LONG_S = 3e-4  # about what the books of some rows take
 MOST_HOST_ROWS = 16  # of a step; the cost of an expert on the host is known for few rows, prompts have hundreds
 
 

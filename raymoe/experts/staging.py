@@ -183,6 +183,7 @@ class Staging:
             "target": self._target_of[id(shelf)].ctypes.data,
             "bytes": shelf.expert_bytes,
             "ranked": shelf.ranked_LR[layer].ctypes.data,
+            "experts": len(self._owned[layer]),
         }
 
     def eager(self) -> tuple[int, tuple[int, int] | None]:

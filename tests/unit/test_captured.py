@@ -65,6 +65,14 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(params=["in C++", "in Python"])
+def first_moments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who answers rows that are all there."""
+    if request.param == "in Python":
+        monkeypatch.setattr(turns, "native_turns", lambda memories: None)
+
+
+@pytest.mark.usefixtures("first_moments")
 @pytest.mark.parametrize(
     ("policy", "model_type"),
     [*((policy, "wide") for policy in POLICIES), *(("on_demand", name) for name in ("deepseek_v3", "gpt_oss"))],
@@ -142,6 +150,7 @@ def test_a_released_sequence_goes_on_uncaptured(wide: Path) -> None:
         assert answer == reference_at(wide, PROMPT, 5)
 
 
+@pytest.mark.usefixtures("first_moments")
 def test_what_steps_cost_is_what_they_cost_uncaptured(wide: Path) -> None:
     costs = []
     for replayed in (True, False):
@@ -154,6 +163,7 @@ def test_what_steps_cost_is_what_they_cost_uncaptured(wide: Path) -> None:
     assert costs[0].misses > 0
 
 
+@pytest.mark.usefixtures("first_moments")
 def test_experts_are_substituted_in_captured_steps(wide: Path) -> None:
     settings = {"policy": "importance", "alpha": 0.5, "prefetch": "none", "host_assist": False}
     answers = []
@@ -184,6 +194,7 @@ def test_forecasts_of_the_device_are_those_of_the_gates(wide: Path) -> None:
     assert told[0] and told[0] == told[1][-len(told[0]) :]
 
 
+@pytest.mark.usefixtures("first_moments")
 def test_the_host_computes_a_part_of_captured_steps(wide: Path) -> None:
     settings = {"policy": "importance", "alpha": 0.0, "prefetch": "none", "host_assist": True}
     with local_service(wide, slot_memory=12 * EXPERT_BYTES, **settings) as service:
@@ -197,6 +208,7 @@ def test_the_host_computes_a_part_of_captured_steps(wide: Path) -> None:
     assert 0 < result.routing.hosted <= result.routing.misses
 
 
+@pytest.mark.usefixtures("first_moments")
 def test_a_step_whose_load_fails_ends_and_the_next_goes_on(wide: Path) -> None:
     with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
         captured(service)
@@ -225,6 +237,7 @@ class BrokenLink(MemoryLink):
 def test_a_device_that_does_not_go_on_is_noticed(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "DEVICE_TIMEOUT_S", 0.0)
     monkeypatch.setattr(turns, "LOOKS", 1)
+    monkeypatch.setattr(turns, "native_turns", lambda memories: None)
     heard = monkeypatch.context()
     with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service, heard as patched:
         captured(service)
