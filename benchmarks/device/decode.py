@@ -28,8 +28,8 @@ from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing
 
 NAME = DeviceName("gpu")
 PROMPT = 32  # tokens; decode steps read little of the cache beside their weights
-SHADOW_ROWS = 4  # layers after which its forecasts go out
-SHADOW_AHEAD = 8  # layers: what a shadow foretells is ordered so far ahead of need
+SHADOW_ROWS = 6  # layers after which its forecasts go out
+SHADOW_AHEAD = 12  # layers: what a shadow foretells is ordered so far ahead of need
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,7 @@ DEVICE_TIMEOUT_S = 60.0  # for a layer of the device, or the end of a step: a gu
 LOOKS = 1024  # between two looks at the clock and at how the device is
 PATIENCE_NS, SHORT_NS = 200_000, 20_000  # to wait for the device, without and with prefetches to look after
 ROWS_WORTH = 8  # answered rows that are worth to be entered into the books while a load is waited for
-ROWS_DUE = 24  # answered rows after which they are entered into the books though no load is waited for
+ROWS_DUE = 1024  # answered rows after which they are entered though no load is waited for: with a step's last one
 
 
 @dataclass(slots=True)

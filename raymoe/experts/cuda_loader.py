@@ -105,7 +105,7 @@ class CudaLoader:
         clock: relates the device's time to the host's, once ``set_clock`` was called.
     """
 
-    prefetches = 2
+    prefetches = 4
 
     def __init__(self, stream: CopyStream, piece_bytes: int = PIECE_BYTES) -> None:
         self.stream = stream

@@ -115,6 +115,9 @@ class Shelf(Bay):
             tickets = [ticket for i in wanted if (ticket := self._tickets.get(i)) is not None]
             slots_K = np.array([self.residency.slot_of[i] for i in wanted], dtype=np.int32)
             begun_s = min((self._started_s[i] for i in wanted if i in self._started_s), default=0.0)
+            if tickets and self._orders.by_layer:
+                self._settle()
+                self._prefetch_next()  # behind the row's own loads, so that the link goes on
         if tickets and begun_s + len(tickets) * (self.load_cost.mean_s or 0.0) - self.clock() > LONG_S:
             meanwhile()
         self._land_all(tickets)
