@@ -254,6 +254,8 @@ class Bench:
         finally:
             worker.close()
             self.runner.captured = None
+            for _, module in experts_modules(self.model):
+                module.raymoe_backend = None  # it knows the worker, whose slots the next one needs the memory of
 
     def _timed(self, policy: Policy, worker: ExpertWorker, trace: Trace, warm_up: int, steps: int) -> Timed:
         size = LayerSize(experts=self.shape.experts, expert_bytes=self.expert_bytes, top_k=self.shape.top_k)

@@ -1,5 +1,7 @@
 """The GPU benchmark's synthetic models decode by the policies that they name; on a CPU, with what a GPU has played."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from benchmarks.device.decode import LRU, POLICIES, RESIDENT, Bench, Trace
 from benchmarks.device.routing import chosen, foretold, locality, recall_of, typical, uniform
 from benchmarks.device.synthetic import RandomExperts, Shape, make_trunk
 from raymoe.experts.host_store import HostStore
+from raymoe.experts.slots import SlotPool
 from raymoe.model.gpu_blocks import use_gpu_kernels
 from tests.replayed import ReplayRecorder, share
 from tests.torch_kernels import TorchKernels
@@ -54,6 +57,12 @@ def test_everything_resident_loads_nothing(bench: Bench) -> None:
     found = bench.run(RESIDENT, None, trace_of(uniform(3, 16, 6, seed=0)), 1, 4)
     assert found.captured == "captured" and len(found.step_s) == 4
     assert found.cost.loads == 0 and found.slot_bytes == 3 * 16 * bench.expert_bytes
+
+
+def test_a_run_leaves_no_slots_behind(bench: Bench) -> None:
+    bench.run(LRU, 12, trace_of(uniform(3, 16, 6, seed=0)), 1, 4)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, SlotPool)]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
