@@ -283,7 +283,8 @@ class DeviceTurns:
         missing = np.sort(experts_K[~available_E[experts_K]]).tolist()
         hidden = self._hidden[layer]
         row.misses = len(missing)
-        if not hidden and staging.start(layer, missing, experts_K):
+        assists = hidden > 0 and staging.assists(layer)
+        if not assists and staging.start(layer, missing, experts_K):
             slots_K = staging.arrive(layer, experts_K, lambda: self._enter_some(layer))
             talk.answer(self._turn, slots_K, weights_K)
             self._rows.append(row)

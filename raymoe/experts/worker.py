@@ -469,7 +469,15 @@ class ExpertWorker:
             self.dtype,
             self.store,
             lambda: self._version,
+            self._hold,
         )
+
+    def _hold(self, held: bool) -> None:
+        """While held, no expert leaves."""
+        with self._shard_lock:
+            self._in_hand = held
+            if self._leaving:
+                self._let_go()
 
     def _on_host(self, layer: int, experts_N: np.ndarray, hidden_1H: torch.Tensor) -> torch.Tensor:
         """Unweighted outputs [N, H] of one layer's experts for one row, from host memory."""

@@ -14,6 +14,7 @@ from raymoe.engine.scheduler import ExpertScheduler
 from raymoe.engine.service import ModelService
 from raymoe.engine.turns import captured_decode
 from raymoe.errors import EngineStoppedError
+from raymoe.experts.call import expert_id
 from raymoe.experts.costs import Cost
 from raymoe.experts.link import MemoryLink
 from raymoe.model import fixed_cache
@@ -21,6 +22,7 @@ from raymoe.model.captured import CapturedDecode
 from raymoe.model.fixed_cache import FixedCache
 from raymoe.model.gpu_blocks import use_gpu_kernels
 from raymoe.model.sites import attach_sites
+from raymoe.types import ExpertKey
 from tests.local import local_service
 from tests.replayed import ReplayRecorder, share
 from tests.torch_kernels import TorchKernels
@@ -195,17 +197,32 @@ def test_forecasts_of_the_device_are_those_of_the_gates(wide: Path) -> None:
 
 
 @pytest.mark.usefixtures("first_moments")
-def test_the_host_computes_a_part_of_captured_steps(wide: Path) -> None:
+@pytest.mark.parametrize("host_s", [1e-9, 10.0])
+def test_the_host_computes_a_part_of_captured_steps_where_that_pays(wide: Path, host_s: float) -> None:
     settings = {"policy": "importance", "alpha": 0.0, "prefetch": "none", "host_assist": True}
     with local_service(wide, slot_memory=12 * EXPERT_BYTES, **settings) as service:
         worker = service.experts.dispatcher.only_worker
         for shelf in worker._shelves:
-            shelf.host_cost = Cost(1e-9)  # on a CPU there is no host beside the device, unless one is imitated
+            shelf.host_cost = Cost(host_s)  # on a CPU there is no host beside the device, unless one is imitated
+            shelf.load_cost = Cost(1.0)
+            worker._note_host_cost = lambda *_: None
         captured(service)
         result = service.generate(PROMPT, max_tokens=6, temperature=0.0, ignore_eos=True)
         assert service.runner.captured.refused is None
     assert [*result.token_ids] == reference_at(wide, PROMPT, 6)
-    assert 0 < result.routing.hosted <= result.routing.misses
+    assert result.routing.misses > 0 and (result.routing.hosted > 0) == (host_s < 1.0)
+
+
+def test_what_leaves_the_shard_within_a_step_leaves_after_it(wide: Path) -> None:
+    with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
+        captured(service)
+        worker = service.experts.dispatcher.only_worker
+        staging = service.runner.captured._experts._staging
+        staging.begin()
+        worker.disown([ExpertKey(layer=0, expert=0)])
+        assert expert_id(0, 0) in worker.store.experts
+        staging.end()
+        assert expert_id(0, 0) not in worker.store.experts
 
 
 @pytest.mark.usefixtures("first_moments")
