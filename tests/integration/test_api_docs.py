@@ -150,7 +150,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(served: Served) -> None:
             until(lambda: running(served) == 0, "the end of the answer", 20.0)
         except AssertionError:  # was the interrupt lost here, or did the server not notice that nobody listens?
             process.kill()
-            pytest.fail(f"the answer goes on; the client said {process.communicate()[0]!r}")
+            pytest.fail(f"the answer goes on; the client said {process.communicate()!r}")
         out, _ = process.communicate("/quit\n", timeout=WAIT_S)
         assert " (stopped)\n" in out
         assert process.returncode == 0
