@@ -5,7 +5,6 @@ skew and locality). Quality and exactness are the embedded model's. A part that 
 """
 
 import argparse
-import ctypes
 import json
 import os
 import sys
@@ -23,22 +22,29 @@ from rich.table import Table
 
 from benchmarks.device import exact, kernels, link, offload
 from benchmarks.device.decode import LRU, POLICIES, RESIDENT, WORST, Bench, Policy, Timed, Trace
-from benchmarks.device.emulated import EmulatedStream
+from benchmarks.device.emulated import emulated_loader
 from benchmarks.device.routing import embedded_logits, foretold, held_out, locality, typical, uniform
-from benchmarks.device.synthetic import MIXTRAL, QWEN3, RandomExperts, ReusedMemory, Shape, make_trunk, store_over
+from benchmarks.device.synthetic import (
+    MIXTRAL,
+    QWEN3,
+    RandomExperts,
+    ReusedMemory,
+    Shape,
+    keys_of,
+    make_trunk,
+    store_over,
+)
 from benchmarks.harness import machine
 from benchmarks.scheduling.setup import DOMAINS, EVAL
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import EMBEDDED_MODEL
 from raymoe.engine.service import load_tokenizer
 from raymoe.experts.arena import CudaPinning
-from raymoe.experts.cuda_loader import CudaLoader
 from raymoe.experts.host_store import HostStore
 from raymoe.kernels.gpu import GpuKernels, load_gpu
 from raymoe.kernels.native import load_native
 from raymoe.model.captured import GraphRecorder
 from raymoe.model.gpu_blocks import use_gpu_kernels
-from raymoe.types import ExpertKey
 from raymoe.whole_file import write_whole
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of all experts, in slots
@@ -299,13 +305,14 @@ class Run:
     def emulated(self) -> dict[str, Any]:
         """The emulated link, set to what was measured, beside the real one."""
         assert self._times is not None
-        found: dict[str, Any] = {}
+        times, found = self._times, {}
         for shape, share, (warm_up, steps) in ((self.qwen3, 1 / 4, STEPS), (self.mixtral, 1 / 4, FEW_STEPS)):
             bench = self.bench(shape)
             trace = self.traces(bench.shape, warm_up + steps + 1)[0]
             slots = int(bench.shape.layers * shape.experts * share)
             for policy in POLICIES[:2]:
-                new_loader = partial(self.emulated_loader, bench.shape)
+                elements = shape.expert_elements
+                new_loader = partial(emulated_loader, times.peak, times.latency_s, elements, self._device)
                 real = bench.run(policy, slots, trace, warm_up, steps)
                 imitated = bench.run(policy, slots, trace, warm_up, steps, new_loader)
                 ratio = imitated.tpot_s / real.tpot_s
@@ -321,30 +328,11 @@ class Run:
                 self._report.keep("emulated", found)
         return found
 
-    def emulated_loader(self, shape: Shape) -> CudaLoader:
-        """As a GPU's, over an imitated link; what arrives comes from the device's own memory."""
-        assert self._times is not None
-        stream = torch.cuda.Stream(self._device)
-        anything = torch.zeros(shape.expert_elements, dtype=torch.bfloat16, device=self._device)
-        copy = ctypes.CDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2
-        copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
-
-        def fill(target: int, nbytes: int) -> None:
-            if copy(target, anything.data_ptr(), nbytes, stream.cuda_stream):
-                raise RuntimeError("a copy within the device failed")
-
-        return CudaLoader(EmulatedStream(self._times.peak, self._times.latency_s, fill))
-
     def offload(self) -> dict[str, Any]:
         """accelerate beside it."""
         tpot_s = offload.tpot_s(QWEN3, self._device)
         self._console.print(f"accelerate's cpu_offload, {QWEN3.name}: {tpot_s:.2f} s per token")
         return {"tpot_s": tpot_s}
-
-
-def keys_of(shape: Shape) -> list[ExpertKey]:
-    """All experts."""
-    return [ExpertKey(layer=layer, expert=e) for layer in range(shape.layers) for e in range(shape.experts)]
 
 
 def fits(bench: Bench) -> bool:

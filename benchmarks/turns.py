@@ -21,26 +21,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.device.decode import LRU, NAME, SHADOW, Policy, TimedTurns, by_importance, foretell
+from benchmarks.device.decode import LRU, NAME, SHADOW, Policy, TimedTurns, by_importance, foretell, scheduler_over
 from benchmarks.device.emulated import EmulatedStream
-from benchmarks.device.played import PlayedDevice
+from benchmarks.device.played import PlayedDevice, share
 from benchmarks.device.routing import chosen, embedded_logits, foretold, held_out, typical
-from benchmarks.device.synthetic import QWEN3, GivenRouting, RandomExperts, make_trunk, moe_layers
+from benchmarks.device.synthetic import QWEN3, GivenRouting, RandomExperts, keys_of, make_trunk, moe_layers
 from benchmarks.gpu import SHADOW_RECALL
 from benchmarks.harness import machine
 from benchmarks.scheduling.setup import DOMAINS, EVAL
 from raymoe.checkpoint.architectures import experts_modules
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import EMBEDDED_MODEL
-from raymoe.engine.dialogue import Dialogue, Shared
-from raymoe.engine.dispatch import Dispatcher
-from raymoe.engine.scheduler import ExpertScheduler
+from raymoe.engine.dialogue import Dialogue
 from raymoe.engine.service import load_tokenizer
 from raymoe.experts.arena import HostArena
 from raymoe.experts.cuda_loader import PIECE_BYTES, CudaLoader
 from raymoe.experts.host_store import HostStore
 from raymoe.experts.worker import ExpertWorker
-from raymoe.types import ExpertKey, LayerSize
 from raymoe.whole_file import write_whole
 
 LINK_BYTES_PER_S, LATENCY_S = 54.6e9, 2.6e-6  # as measured on an H100's host: docs/benchmarks.md
@@ -84,13 +81,13 @@ def main() -> int:
     bench = HostBench()
     found: dict[tuple[float, str], list[Found]] = {}
     for _ in range(rounds):
-        for share in shares:
+        for part in shares:
             for policy in POLICIES:
-                found.setdefault((share, policy.name), []).append(bench.run(policy, share))
+                found.setdefault((part, policy.name), []).append(bench.run(policy, part))
     report(found, Console(width=120))
     if options.json is not None:
         rows = [
-            {"slots": share, "policy": name, "rounds": list(map(asdict, runs))} for (share, name), runs in found.items()
+            {"slots": part, "policy": name, "rounds": list(map(asdict, runs))} for (part, name), runs in found.items()
         ]
         everything = {"machine": machine(), "emulated": True, "rows": rows}
         write_whole(options.json, json.dumps(everything, indent=2) + "\n")
@@ -103,11 +100,11 @@ def report(found: dict[tuple[float, str], list[Found]], console: Console) -> Non
     columns = ("slots", "policy", "ms", "range", "to LRU", "of chain", "waits, ms", "link, ms", "loads", "hits")
     for column in columns:
         table.add_column(column, justify="left" if column == "policy" else "right")
-    for (share, name), runs in found.items():
+    for (part, name), runs in found.items():
         median = sorted(runs, key=lambda run: run.step_s)[len(runs) // 2]
-        lru_s = statistics.median(run.step_s for run in found[share, LRU.name])
+        lru_s = statistics.median(run.step_s for run in found[part, LRU.name])
         table.add_row(
-            f"{share:.3g}",
+            f"{part:.3g}",
             name,
             f"{1e3 * median.step_s:.1f}",
             f"{1e3 * min(run.step_s for run in runs):.1f}-{1e3 * max(run.step_s for run in runs):.1f}",
@@ -150,7 +147,7 @@ class HostBench:
         read = RandomExperts(TINY, torch.float32, CPU)
         self._store = HostStore(read, HostArena(Unpinned()))
         self._read = read
-        self._keys = [ExpertKey(layer=n, expert=e) for n in range(TINY.layers) for e in range(TINY.experts)]
+        self._keys = keys_of(TINY)
         with torch.device("meta"):
             one = TINY.model_class(TINY.config(layers=1))
         self._modules = [experts_modules(one)[0][1]] * TINY.layers
@@ -160,8 +157,8 @@ class HostBench:
         self._logits_NLE = typical(streams, TINY.layers, TINY.experts, steps, seed=0)
         self._shadow_NLE = foretold(self._logits_NLE, TINY.top_k, SHADOW_RECALL, seed=2)
 
-    def run(self, policy: Policy, share: float) -> Found:
-        """One round of a policy with slots for this share of all experts."""
+    def run(self, policy: Policy, part: float) -> Found:
+        """One round of a policy with slots for this part of all experts."""
         tiny_bytes = 4 * TINY.expert_elements
         worker = ExpertWorker(
             name=NAME,
@@ -170,7 +167,7 @@ class HostBench:
             read_expert=self._read,
             dtype=torch.float32,
             device=CPU,
-            slot_budget_bytes=int(len(self._keys) * share) * tiny_bytes,
+            slot_budget_bytes=int(len(self._keys) * part) * tiny_bytes,
             new_loader=partial(new_loader, EXPERT_BYTES / tiny_bytes),
             scheduling=policy.scheduling,
             store=self._store,
@@ -182,13 +179,7 @@ class HostBench:
             worker.close()
 
     def _timed(self, policy: Policy, worker: ExpertWorker) -> Found:
-        size = LayerSize(experts=TINY.experts, expert_bytes=EXPERT_BYTES, top_k=TINY.top_k)
-        owners = dict.fromkeys(self._keys, NAME)
-        sizes = (size,) * TINY.layers
-        dispatcher = Dispatcher(sizes, owners, local={NAME: worker}, remote=None, timeout_s=60.0)
-        scheduler = ExpertScheduler(dispatcher, policy.scheduling)
-        scheduler.attach(self._given.routers, {})
-        scheduler.alpha = policy.alpha
+        scheduler = scheduler_over(worker, policy, TINY, EXPERT_BYTES, self._given)
         staging = worker.staging()
         assert staging is not None, "it has slots that cache"
         turns = PlayedTurns(
@@ -199,7 +190,7 @@ class HostBench:
             cast(Any, None),
             modules=self._modules,
             top_k=[TINY.top_k] * TINY.layers,
-            share=share_memory,
+            share=share,
         )
         known = TINY.experts if policy.scheduling.policy == "importance" else 0
         turns.hears(known)
@@ -256,12 +247,6 @@ def new_loader(size: float) -> CudaLoader:
     """A GPU's over an imitated link; ``size``: how many times as large experts count as they are."""
     stream = EmulatedStream(LINK_BYTES_PER_S / size, LATENCY_S, lambda target, nbytes: None)
     return CudaLoader(stream, piece_bytes=max(1, int(PIECE_BYTES / size)))
-
-
-def share_memory(elements: int, dtype: torch.dtype) -> Shared:
-    """Memory that the played device sees by its address."""
-    memory = torch.zeros(elements, dtype=dtype)
-    return Shared(memory.numpy(), memory)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,8 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
-
-from raymoe.engine.dialogue import Shared
-
-NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
 
 class ReplayRecorder:
@@ -56,9 +50,3 @@ class ReplayStep:
         if self._error is not None:
             raise self._error
         return not self._thread.is_alive()
-
-
-def share(elements: int, dtype: torch.dtype) -> Shared:
-    """Memory that host and device, the same here, both see."""
-    host: np.ndarray[Any, Any] = np.zeros(elements, dtype=NUMPY[dtype])
-    return Shared(host, torch.from_numpy(host))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.device.synthetic import GivenRouting, Shape, freed, moe_layers, on_device
+from benchmarks.device.synthetic import GivenRouting, Shape, freed, keys_of, moe_layers, on_device
 from raymoe.checkpoint.architectures import experts_modules
 from raymoe.config import SchedulingConfig
 from raymoe.engine.dialogue import Share
@@ -24,7 +24,7 @@ from raymoe.kernels.native import NativeKernels
 from raymoe.model.captured import CapturedDecode, Recorder
 from raymoe.model.runner import Runner
 from raymoe.placement.prefetch import wanted
-from raymoe.types import DeviceName, ExpertKey, LayerSize, Routing
+from raymoe.types import DeviceName, LayerSize, Routing
 
 NAME = DeviceName("gpu")
 PROMPT = 32  # tokens; decode steps read little of the cache beside their weights
@@ -173,6 +173,19 @@ class TimedTurns(DeviceTurns):
                 self._scheduler.dispatcher.expect(place % layers, experts_K, worth_K)
 
 
+def scheduler_over(
+    worker: ExpertWorker, policy: Policy, shape: Shape, expert_bytes: int, given: GivenRouting
+) -> ExpertScheduler:
+    """The engine's say over one worker that owns all experts."""
+    size = LayerSize(experts=shape.experts, expert_bytes=expert_bytes, top_k=shape.top_k)
+    sizes, owners = (size,) * shape.layers, dict.fromkeys(keys_of(shape), NAME)
+    dispatcher = Dispatcher(sizes, owners, local={NAME: worker}, remote=None, timeout_s=60.0)
+    scheduler = ExpertScheduler(dispatcher, policy.scheduling)
+    scheduler.attach(given.routers, {})
+    scheduler.alpha = policy.alpha
+    return scheduler
+
+
 @dataclass(kw_only=True)
 class Bench:
     """One synthetic model on one device."""
@@ -190,11 +203,7 @@ class Bench:
         self.given = GivenRouting(self.model, self.shape, self.kernels)
         self.runner = Runner(self.model)
         self.dtype: torch.dtype = self.model.dtype
-        self.keys = [
-            ExpertKey(layer=layer, expert=expert)
-            for layer in range(self.shape.layers)
-            for expert in range(self.shape.experts)
-        ]
+        self.keys = keys_of(self.shape)
         with torch.device("meta"):
             one = self.shape.model_class(self.shape.config(layers=1))
         self._modules = [experts_modules(one)[0][1]] * self.shape.layers
@@ -211,6 +220,7 @@ class Bench:
         table = self.model.get_input_embeddings().weight.nbytes
         return trunk - table + self.shape.layers * self.shape.top_k * self.expert_bytes
 
+    @freed()
     def run(
         self,
         policy: Policy,
@@ -221,18 +231,6 @@ class Bench:
         new_loader: Callable[[], Loader] | None = None,
     ) -> Timed:
         """Decode ``warm_up + steps`` tokens; the last ``steps`` are timed."""
-        with freed():
-            return self._run(policy, slots, trace, warm_up, steps, new_loader)
-
-    def _run(
-        self,
-        policy: Policy,
-        slots: int | None,
-        trace: Trace,
-        warm_up: int,
-        steps: int,
-        new_loader: Callable[[], Loader] | None,
-    ) -> Timed:
         worker = ExpertWorker(
             name=NAME,
             layers=moe_layers(self.shape),
@@ -258,17 +256,7 @@ class Bench:
                 module.raymoe_backend = None  # it knows the worker, whose slots the next one needs the memory of
 
     def _timed(self, policy: Policy, worker: ExpertWorker, trace: Trace, warm_up: int, steps: int) -> Timed:
-        size = LayerSize(experts=self.shape.experts, expert_bytes=self.expert_bytes, top_k=self.shape.top_k)
-        dispatcher = Dispatcher(
-            (size,) * self.shape.layers,
-            dict.fromkeys(self.keys, NAME),
-            local={NAME: worker},
-            remote=None,
-            timeout_s=60.0,
-        )
-        scheduler = ExpertScheduler(dispatcher, policy.scheduling)
-        scheduler.attach(self.given.routers, {})
-        scheduler.alpha = policy.alpha
+        scheduler = scheduler_over(worker, policy, self.shape, self.expert_bytes, self.given)
         for _, module in experts_modules(self.model):
             module.raymoe_backend = scheduler
         staging = worker.staging()

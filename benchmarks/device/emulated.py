@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from raymoe.experts.cuda_loader import CudaLoader
 from raymoe.experts.cuda_stream import Mark
 from raymoe.experts.packing import PackedExpert
 
@@ -77,3 +80,17 @@ class EmulatedStream:
     def synchronize(self) -> None:
         """Until all copies have ended."""
         self.compute_after(self.mark())
+
+
+def emulated_loader(bytes_per_s: float, latency_s: float, expert_elements: int, device: torch.device) -> CudaLoader:
+    """As a GPU's, over an imitated link; what arrives comes from the device's own memory (bfloat16)."""
+    stream = torch.cuda.Stream(device)
+    anything = torch.zeros(expert_elements, dtype=torch.bfloat16, device=device)
+    copy = ctypes.CDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2
+    copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+
+    def fill(target: int, nbytes: int) -> None:
+        if copy(target, anything.data_ptr(), nbytes, stream.cuda_stream):
+            raise RuntimeError("a copy within the device failed")
+
+    return CudaLoader(EmulatedStream(bytes_per_s, latency_s, fill))

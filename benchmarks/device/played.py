@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from raymoe.engine.dialogue import Dialogue
+from raymoe.engine.dialogue import Dialogue, Shared
 from raymoe.kernels.building import find_compiler
 
 SOURCE = r"""
@@ -113,6 +114,12 @@ class PlayedDevice:
     def close(self) -> None:
         """Wait for the step's end."""
         self._library.played_close()
+
+
+def share(elements: int, dtype: torch.dtype) -> Shared:
+    """Memory that host and a played device both see: the host's."""
+    memory = torch.zeros(elements, dtype=dtype)
+    return Shared(memory.numpy(), memory)
 
 
 def _addresses(arrays: list[np.ndarray]) -> np.ndarray:

@@ -144,6 +144,11 @@ def make_trunk(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTra
     return model
 
 
+def keys_of(shape: Shape) -> list[ExpertKey]:
+    """All experts."""
+    return [ExpertKey(layer=layer, expert=e) for layer in range(shape.layers) for e in range(shape.experts)]
+
+
 def moe_layers(shape: Shape) -> tuple[MoeLayer, ...]:
     """The MoE layers as workers know them; there is no file behind them."""
     sizes = {

@@ -389,10 +389,6 @@ class Dispatcher:
 
     def expect(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
         """Pass a forecast for a layer to come on to the local owners. Remote ones get theirs from the placement."""
-        only = self.only_worker
-        if only is not None:
-            only.expect(layer, experts, scores)
-            return
         for name, mine in self.by_owner(layer, experts).items():
             if name in self._local:
                 self._local[name].expect(layer, experts[mine], scores[mine])

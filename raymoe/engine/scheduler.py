@@ -23,7 +23,7 @@ from raymoe.engine.lost import LostExperts
 from raymoe.engine.substitution import Decide, Decided, mean_scores, per_row, substitute, warn_of_unknown
 from raymoe.kernels.turns import PlainRule
 from raymoe.model.router import Router
-from raymoe.model.router_rule import SMALLEST_SUM
+from raymoe.model.router_rule import SMALLEST_SUM, RouterRule
 from raymoe.model.runner import SequenceState
 from raymoe.placement.prefetch import lookahead, wanted
 from raymoe.placement.routing import route
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 MOST_FORECAST_TOKENS = 64  # a longer prompt needs nearly all experts of a layer, so that nothing is to be foretold
 PLAIN_SCORES = ("softmax", "sigmoid")  # that kernels/turns.cpp knows
+NO_SUBSTITUTION = PlainRule(alpha=0.0, score="softmax", renormalised=False, scale=1.0)
 LAYER_SMOOTHING = 0.02  # weight of one layer's time in the running mean: about six tokens of eight layers
 
 OnForecast = Callable[[int, np.ndarray, np.ndarray], None]
@@ -55,6 +56,15 @@ class LayerTime:
             took_s = now_s - self._last_s
             self.mean_s = took_s if self.mean_s is None else self.mean_s + LAYER_SMOOTHING * (took_s - self.mean_s)
         self._last_s = now_s if tokens <= MOST_FORECAST_TOKENS else None
+
+
+def plain_form(rules: Sequence[RouterRule | None]) -> PlainRule | None:
+    """What all of these rules are, as C++ knows it; None where they differ, or it doesn't."""
+    forms = {None if rule is None else (rule.score, rule.renormalised, rule.scale) for rule in rules}
+    form = forms.pop() if len(forms) == 1 else None
+    if form is None or form[0] not in PLAIN_SCORES:
+        return None
+    return PlainRule(alpha=0.0, score=form[0], renormalised=form[1], scale=form[2])
 
 
 class ExpertScheduler:
@@ -83,6 +93,8 @@ class ExpertScheduler:
         self._on_forecast = on_forecast
         self._routers: Sequence[Router] = ()
         self._forecasts: dict[str, Forecast] = {}
+        self._weights_tell = False  # whether an expert that outweighs another outscores it as much
+        self._plain_form: PlainRule | None = None  # of all layers' rules, if C++ knows it
         self._decided = Decided()
         self._layer_time = LayerTime()
         self._ahead = 1
@@ -101,8 +113,11 @@ class ExpertScheduler:
         """Take scores from these routers (one per MoE layer), and forecasts by kind from there."""
         self._routers = self._lost.routers = routers
         self._forecasts = forecasts
+        rules = [router.rule for router in routers]
+        self._weights_tell = all(rule is None or (rule.chooses_by_score and rule.scale_E is None) for rule in rules)
+        self._plain_form = plain_form(rules) if self._weights_tell else None
         if self._wants_scores:
-            warn_of_unknown([router.rule for router in routers])
+            warn_of_unknown(rules)
 
     # --- what the trunk calls ---------------------------------------------------------------------------
 
@@ -157,27 +172,16 @@ class ExpertScheduler:
         alpha = per_row(self.alpha, 1)
         if not np.any(alpha):
             return -math.inf
-        rules = [router.rule for router in self._routers]
-        plain = all(
-            rule is None or (rule.bias_E is None and rule.scale_E is None and rule.groups_kept == rule.groups)
-            for rule in rules
-        )
-        return 1.0 + float(np.max(alpha)) if plain else None
+        return 1.0 + float(np.max(alpha)) if self._weights_tell else None
 
     def plain_rule(self) -> PlainRule | None:
         """By which C++ decides rows as ``choose_row`` does, the router's logits being at hand; None where it can't."""
         if not self._wants_scores or not self._routers:
-            return PlainRule(alpha=0.0, score="softmax", renormalised=False, scale=1.0)
-        rules = [router.rule for router in self._routers]
-        first, alpha = rules[0], per_row(self.alpha, 1)
-        if self.certainty() is None or self.decide is not route or first is None or first.score not in PLAIN_SCORES:
+            return NO_SUBSTITUTION
+        ranks_by_score = self.similarity is None or isinstance(self.similarity, ScoreCloseness)
+        if self._plain_form is None or self.decide is not route or not ranks_by_score:
             return None
-        if self.similarity is not None and not isinstance(self.similarity, ScoreCloseness):
-            return None
-        form = (first.score, first.renormalised, first.scale)
-        if any(rule is None or (rule.score, rule.renormalised, rule.scale) != form for rule in rules):
-            return None
-        return PlainRule(alpha=float(np.max(alpha)), score=form[0], renormalised=form[1], scale=form[2])
+        return replace(self._plain_form, alpha=float(np.max(per_row(self.alpha, 1))))
 
     def note_replaced(self, layer: int, before_K: np.ndarray, after_K: np.ndarray, scores_E: np.ndarray) -> None:
         """One row in which somebody else, by ``plain_rule``, has replaced experts."""
@@ -306,8 +310,7 @@ class ExpertScheduler:
     def _expect(self, layer: int, scores_TE: np.ndarray) -> None:
         """Tell workers what a layer to come is expected to choose by these scores."""
         rule = self._routers[layer].rule
-        limited = rule is not None and (rule.bias_E is not None or rule.groups_kept != rule.groups)
-        chosen_by_TE = rule.selection_scores(scores_TE) if rule is not None and limited else scores_TE
+        chosen_by_TE = scores_TE if rule is None or rule.chooses_by_score else rule.selection_scores(scores_TE)
         experts, worth = wanted(scores_TE, chosen_by_TE, self._top_k)
         self.dispatcher.expect(layer, experts, worth)
         if self._on_forecast is not None:

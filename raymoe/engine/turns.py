@@ -47,13 +47,15 @@ class Row:
     Attributes:
         misses: experts that were not there when the device came.
         replaced: how many experts C++ has put in the place of others.
-        experts_K: as computed; None: the router's choice. scores_E: gate scores; None: not known yet.
+        experts_K, weights_K: as computed, where that is known before the books are; None: the router's.
+        scores_E: gate scores; None: not known yet.
     """
 
     layer: int
     misses: int = 0
     replaced: int = 0
     experts_K: np.ndarray | None = None
+    weights_K: np.ndarray | None = None
     scores_E: np.ndarray | None = None
 
 
@@ -236,18 +238,24 @@ class DeviceTurns:
 
     def _run(self, layer: int) -> tuple[int, bool]:
         """From this layer on: the first one that isn't answered, and whether that is for want of experts."""
+        return self._run_here(layer) if self._native is None else self._run_native(layer, self._native)
+
+    def _run_native(self, layer: int, native: NativeTurns) -> tuple[int, bool]:
+        """In C++."""
         staging = self._staging
-        if self._native is not None:
-            most, copy = staging.eager()
-            factor = self._certainty if self._certainty is not None else math.inf
-            patience_ns = SHORT_NS if staging.is_prefetching else PATIENCE_NS
-            with staging.begun_elsewhere():
-                passed = self._native.run(layer, self._turn, self._rule, factor, most, patience_ns, copy)
-                if passed.begun:
-                    staging.adopt(passed.layer, passed.begun)
-            self._sure = [expert for expert, _ in passed.begun]
-            return passed.layer, passed.is_missing
-        talk, k = self._talks[layer], self._parts[layer][0]
+        most, copy = staging.eager()
+        factor = self._certainty if self._certainty is not None else math.inf
+        patience_ns = SHORT_NS if staging.is_prefetching else PATIENCE_NS
+        with staging.begun_elsewhere():
+            passed = native.run(layer, self._turn, self._rule, factor, most, patience_ns, copy)
+            if passed.begun:
+                staging.adopt(passed.layer, passed.begun)
+        self._sure = [expert for expert, _ in passed.begun]
+        return passed.layer, passed.is_missing
+
+    def _run_here(self, layer: int) -> tuple[int, bool]:
+        """The same without C++, for one layer; nothing is decided."""
+        talk, k, staging = self._talks[layer], self._parts[layer][0], self._staging
         if not talk.heard():
             return layer, False
         experts_K, weights_K = talk.told[:k].astype(np.int32), talk.told[k : 2 * k]
@@ -272,8 +280,8 @@ class DeviceTurns:
         told, row = talk.told, self._row(layer)
         experts_K, weights_K = told[:k].astype(np.int32), told[k : 2 * k]
         available_E = staging.ready(layer)
-        if self._rule is not None and self._native is not None:
-            experts_K, weights_K = self._native.chosen_LK[layer, :k], self._native.weights_LK[layer, :k]
+        if row.experts_K is not None and row.weights_K is not None:
+            experts_K, weights_K = row.experts_K, row.weights_K
         elif not set(experts_K[~available_E[experts_K]].tolist()) <= set(self._sure):
             logits_E = told[2 * k : 2 * k + known] if known else None
             experts_K, weights_K, row.scores_E = self._scheduler.choose_row(
@@ -326,9 +334,11 @@ class DeviceTurns:
 
     def _row(self, layer: int) -> "Row":
         """What is known of a layer's row so far."""
-        if self._rule is None or self._native is None:
+        native, k = self._native, self._parts[layer][0]
+        if self._rule is None or native is None:
             return Row(layer)
-        return Row(layer, replaced=int(self._native.replaced_L[layer]), experts_K=self._native.chosen_LK[layer])
+        experts_K, weights_K = native.chosen_LK[layer, :k], native.weights_LK[layer, :k]
+        return Row(layer, replaced=int(native.replaced_L[layer]), experts_K=experts_K, weights_K=weights_K)
 
     def _complete(self, rows: list["Row"]) -> None:
         """Find out what is not known yet of rows that tell alike: their experts, and the gate scores of all."""
@@ -341,7 +351,7 @@ class DeviceTurns:
         experts_NK, logits_NE = told_NW[:, :k].astype(np.int32), told_NW[:, 2 * k :] if known else None
         scores_NE = self._scheduler.note_rows(layers, experts_NK, told_NW[:, k : 2 * k], logits_NE)
         for number, row in enumerate(open_rows):
-            row.experts_K = experts_NK[number] if row.experts_K is None else row.experts_K[:k]
+            row.experts_K = experts_NK[number] if row.experts_K is None else row.experts_K
             if scores_NE is not None:
                 row.scores_E = scores_NE[number]
                 if row.replaced:

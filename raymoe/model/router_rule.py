@@ -42,6 +42,11 @@ class RouterRule:
     group_score: str = "max"
     excluded_score: float = -np.inf
 
+    @property
+    def chooses_by_score(self) -> bool:
+        """Whether the best-scored experts are chosen: there is neither a bias nor a limit to groups."""
+        return self.bias_E is None and self.groups_kept == self.groups
+
     def scores(self, logits_TE: np.ndarray) -> np.ndarray:
         """Gate scores of all experts, without selection bias: float32 [T, E], at least 0."""
         logits_TE = logits_TE.astype(np.float32, copy=False)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.device.played import share
 from raymoe.checkpoint.checkpoint import ExpertTensors
 from raymoe.engine import turns
 from raymoe.engine.dialogue import Dialogue
@@ -24,7 +25,7 @@ from raymoe.model.gpu_blocks import use_gpu_kernels
 from raymoe.model.sites import attach_sites
 from raymoe.types import ExpertKey
 from tests.local import local_service
-from tests.replayed import ReplayRecorder, share
+from tests.replayed import ReplayRecorder
 from tests.torch_kernels import TorchKernels
 from tests.toy_models import PROMPT, Toys, reference_at, save_toy
 

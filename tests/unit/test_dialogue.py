@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from benchmarks.device.played import share
 from raymoe.engine.dialogue import CLOSED, OPEN, Dialogue
-from tests.replayed import share
 
 TOP_K, HIDDEN = 2, 5
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from benchmarks.device.decode import LRU, POLICIES, RESIDENT, Bench, Trace
+from benchmarks.device.played import share
 from benchmarks.device.routing import chosen, foretold, locality, recall_of, typical, uniform
 from benchmarks.device.synthetic import RandomExperts, Shape, make_trunk
 from raymoe.experts.host_store import HostStore
 from raymoe.experts.slots import SlotPool
 from raymoe.model.gpu_blocks import use_gpu_kernels
-from tests.replayed import ReplayRecorder, share
+from tests.replayed import ReplayRecorder
 from tests.torch_kernels import TorchKernels
 
 SHAPE = Shape(

@@ -82,3 +82,21 @@ def test_all_experts_are_wanted_where_all_are_chosen() -> None:
 )
 def test_lookahead_follows_what_a_load_takes(load_s: float | None, layer_s: float | None, ahead: int) -> None:
     assert lookahead(load_s, layer_s) == ahead
+
+
+@pytest.mark.parametrize("eviction", ["score", "lru", "lfu"])
+def test_steps_of_several_layers_are_those_of_each(eviction: str) -> None:
+    random = np.random.default_rng(0)
+    one, together = (Keeper(eviction, 3, 6, window=3) for _ in range(2))
+    places, uses = np.arange(18), np.arange(18)
+    for _ in range(8):
+        layers_N = random.permutation(3)[: random.integers(1, 4)]
+        scores_NE = random.random((len(layers_N), 5)).astype(np.float32)
+        experts_NK = np.stack([random.permutation(5)[:2] for _ in layers_N]).astype(np.int32)
+        for keeper in (one, together):
+            keeper.expect(int(layers_N[0]), np.array([4]), np.array([2.0], dtype=np.float32))
+        for layer, scores_E, experts_K in zip(layers_N.tolist(), scores_NE, experts_NK, strict=True):
+            one.step(layer, scores_E, experts_K, 1)
+        together.steps(layers_N, scores_NE, experts_NK)
+        np.testing.assert_allclose(together.mean_LE, one.mean_LE, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(together.values(places, uses), one.values(places, uses), rtol=1e-6, atol=1e-7)

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.device.played import share
 from raymoe.engine.dialogue import Dialogue
 from raymoe.experts.slots import ABSENT, UNDER_WAY
 from raymoe.kernels.turns import NativeTurns, PlainRule, TurnMemory, native_turns
 from raymoe.model.router_rule import RouterRule
 from raymoe.placement.routing import route
-from tests.replayed import share
 
 COPY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p)
 STREAM, BYTES, PATIENCE_NS = 77, 1000, 1000
