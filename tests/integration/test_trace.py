@@ -34,10 +34,10 @@ def roles(events: list[Event]) -> dict[str, int]:
     return {event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"}
 
 
-def spans(events: list[Event], role: str, kind: str) -> list[Event]:
-    """Of decode steps."""
+def spans(events: list[Event], role: str, kind: str, *, since: int = 1) -> list[Event]:
+    """Of decode steps, or of the prompt too, which is step 0."""
     mine = [event for event in events if event["ph"] == "X" and event["pid"] == roles(events)[role]]
-    return [event for event in mine if event["cat"] == kind and event["args"].get("step", 0) > 0]
+    return [event for event in mine if event["cat"] == kind and event["args"].get("step", 0) >= since]
 
 
 def workers() -> list[str]:
@@ -89,11 +89,13 @@ def test_loads_of_hits_were_over_before_and_began_before_the_trunk_asked(events:
     asked = {(event["args"]["step"], event["args"]["layer"]): event["ts"] for event in spans(events, "main", "experts")}
     lead = []
     for worker in workers():
+        # an expert that a prompt loaded stays for the first decode step where that had been ordered before it was used
+        loads = spans(events, worker, "load", since=0)
         for event in spans(events, worker, "compute"):
             if event["args"]["residency"] != "hit":
                 continue
             for expert in experts_of(event):
-                load = load_before(spans(events, worker, "load"), event, expert)
+                load = load_before(loads, event, expert)
                 assert load["ts"] + load["dur"] <= event["ts"]
                 lead.append(asked[event["args"]["step"], event["args"]["layer"]] - load["ts"])
     assert lead and sorted(lead)[len(lead) // 2] > 0
