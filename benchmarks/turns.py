@@ -32,7 +32,7 @@ from benchmarks.scheduling.setup import DOMAINS, EVAL
 from raymoe.checkpoint.architectures import experts_modules
 from raymoe.checkpoint.opening import open_checkpoint
 from raymoe.config import EMBEDDED_MODEL
-from raymoe.engine.dialogue import Dialogue
+from raymoe.engine.dialogue import Dialogue, Words
 from raymoe.engine.service import load_tokenizer
 from raymoe.experts.arena import HostArena
 from raymoe.experts.cuda_loader import PIECE_BYTES, CudaLoader
@@ -123,9 +123,8 @@ class PlayedTurns(TimedTurns):
 
     def hears(self, known: int) -> None:
         """The device tells so many logits of each layer."""
-        self._parts = [(TINY.top_k, known, 0)] * TINY.layers
         for talk in self._talks:
-            talk.listen_for(2 * TINY.top_k + known)
+            talk.listen_for(Words(TINY.top_k, known))
 
     @property
     def talks(self) -> list[Dialogue]:

@@ -9,6 +9,7 @@ K experts per token, H hidden.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,20 +67,69 @@ class _Seen:
         }
 
 
+class Words(NamedTuple):
+    """What a device tells of a row, in this order: its experts, their weights, and more where somebody asks for it.
+
+    Attributes:
+        top_k: experts, and as many weights.
+        logits: of the layer's router.
+        coming: logits of the next layer's router, as far as they can be foretold here.
+        state: elements of the row itself.
+    """
+
+    top_k: int
+    logits: int = 0
+    coming: int = 0
+    state: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.of_router + self.coming + self.state
+
+    @property
+    def of_router(self) -> int:
+        """Those that tell what this layer's router says; they come first."""
+        return 2 * self.top_k + self.logits
+
+    def chosen(self, told_W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int32 experts and float32 weights [..., K] of rows [..., words]."""
+        k = self.top_k
+        return told_W[..., :k].astype(np.int32), told_W[..., k : 2 * k]
+
+    def router_logits(self, told_W: np.ndarray) -> np.ndarray | None:
+        """[..., E]; None where they are not told."""
+        return self._part(told_W, 2 * self.top_k, self.logits)
+
+    def forecast(self, told_W: np.ndarray) -> np.ndarray | None:
+        """The next layer's router logits [..., E]; None where they are not told."""
+        return self._part(told_W, self.of_router, self.coming)
+
+    def row(self, told_W: np.ndarray) -> np.ndarray | None:
+        """[..., H]; None where it is not told."""
+        return self._part(told_W, self.of_router + self.coming, self.state)
+
+    @staticmethod
+    def _part(told_W: np.ndarray, start: int, length: int) -> np.ndarray | None:
+        return told_W[..., start : start + length] if length else None
+
+
 class Dialogue:
     """One layer's: what the device tells, and what the host answers.
 
     Args:
-        most_told: float32 that the device tells at most.
+        most: what the device tells at most.
         sums: elements of what the host computes itself; 0: it does not.
 
     Attributes:
-        told: what the device tells, on the host.
+        words: what it does tell; the most, until ``listen_for`` says otherwise.
+        told: where it does, on the host.
         there: the same memory on the device; decided, sums: words of the host's answer there, [2 K] and [H].
     """
 
-    def __init__(self, share: Share, most_told: int, top_k: int, sums: int) -> None:
-        told, decided = share(most_told, torch.float32), share(2 * top_k, torch.int64)
+    def __init__(self, share: Share, most: Words, sums: int) -> None:
+        top_k = most.top_k
+        told, decided = share(most.total, torch.float32), share(2 * top_k, torch.int64)
         self.told, self.there = told.host, told.device
         self._bits = told.host.view(np.uint32)
         self._decided, self.decided = decided.host, decided.device
@@ -87,21 +137,21 @@ class Dialogue:
         self._slots_K, self._weights_K = self._value_W[:top_k].view(np.int32), self._value_W[top_k:].view(np.float32)
         summed = share(sums, torch.int64) if sums else Shared(np.zeros(0, dtype=np.int64), torch.empty(0))
         self._sums, self.sums = summed.host, summed.device
-        self._last = most_told - 1
+        self.listen_for(most)
         self.forget()
 
     def memory(self) -> dict[str, int]:
-        """Where this is, as ``kernels.turns.TurnMemory`` names it; once ``listen_for`` was called."""
+        """Where this is, as ``kernels.turns.TurnMemory`` names it; once it is known what is told."""
         return {
             "told": self._bits.ctypes.data,
-            "words": self._last + 1,
+            "words": self.words.total,
             "decided": self._decided.ctypes.data,
             "k": len(self._slots_K),
         }
 
-    def listen_for(self, elements: int) -> None:
-        """The device tells so many."""
-        self._last = elements - 1
+    def listen_for(self, words: Words) -> None:
+        """The device tells these."""
+        self.words, self._last = words, words.total - 1
 
     def heard(self) -> bool:
         """Whether all of it has arrived."""

@@ -12,8 +12,6 @@ L layers, K experts per token, E experts, H hidden.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +19,8 @@ import torch
 
 from raymoe.checkpoint.architectures import experts_modules
 from raymoe.checkpoint.checkpoint import Checkpoint
-from raymoe.engine.dialogue import CLOSED, OPEN, Dialogue, MappedMemory, Share
+from raymoe.engine.dialogue import CLOSED, OPEN, Dialogue, MappedMemory, Share, Words
+from raymoe.engine.row_books import Row, RowBooks
 from raymoe.engine.scheduler import ExpertScheduler
 from raymoe.errors import EngineStoppedError
 from raymoe.experts.on_device import ComputeRow, KernelRow, compute_row
@@ -38,25 +37,6 @@ LOOKS = 1024  # between two looks at the clock and at how the device is
 PATIENCE_NS, SHORT_NS = 200_000, 20_000  # to wait for the device, without and with prefetches to look after
 ROWS_WORTH = 8  # answered rows that are worth to be entered into the books while a load is waited for
 ROWS_DUE = 1024  # answered rows after which they are entered though no load is waited for: with a step's last one
-
-
-@dataclass(slots=True)
-class Row:
-    """One layer's, as it was computed.
-
-    Attributes:
-        misses: experts that were not there when the device came.
-        replaced: how many experts C++ has put in the place of others.
-        experts_K, weights_K: as computed, where that is known before the books are; None: the router's.
-        scores_E: gate scores; None: not known yet.
-    """
-
-    layer: int
-    misses: int = 0
-    replaced: int = 0
-    experts_K: np.ndarray | None = None
-    weights_K: np.ndarray | None = None
-    scores_E: np.ndarray | None = None
 
 
 class DeviceTurns:
@@ -106,7 +86,7 @@ class DeviceTurns:
             for layer, compute in enumerate(self._computes)
         ]
         self._talks = [
-            Dialogue(share, 2 * k + 2 * staging.most_experts + hidden, k, hidden)
+            Dialogue(share, Words(k, staging.most_experts, staging.most_experts, hidden), hidden)
             for k, hidden in zip(top_k, self._hidden, strict=True)
         ]
         self._turns = torch.zeros(self._layers, dtype=torch.int64, device=device)
@@ -115,10 +95,9 @@ class DeviceTurns:
         self._certainty: float | None = None
         self._rule: PlainRule | None = None  # by which C++ decides rows in this step
         self._sure: list[int] = []  # experts of the row in hand whose loads were begun before it was decided
-        self._rows: list[Row] = []  # answered rows, of which the books know nothing yet
+        self._books = RowBooks(scheduler, staging, self._talks)
         self._slots = [torch.zeros(k, dtype=torch.int64, device=device) for k in top_k]
         self._weights = [torch.zeros(k, dtype=torch.float32, device=device) for k in top_k]
-        self._parts: list[tuple[int, int, int]] = [(k, 0, 0) for k in top_k]
 
     # --- while a step is captured -------------------------------------------------------------------------
 
@@ -131,9 +110,8 @@ class DeviceTurns:
             return self._computes[layer](hidden_1H, experts_K, self._tables[layer], weights_K)
         talk, turn = self._talks[layer], self._turns[layer : layer + 1]
         logits_E, coming_E = self._logits(layer), self._forecast(layer)
-        k, known, coming, hidden = experts_K.numel(), numel(logits_E), numel(coming_E), self._hidden[layer]
-        self._parts[layer] = k, known, coming
-        talk.listen_for(2 * k + known + coming + hidden)
+        hidden = self._hidden[layer]
+        talk.listen_for(Words(experts_K.numel(), numel(logits_E), numel(coming_E), hidden))
         told_H = hidden_1H.view(-1) if hidden else None
         self._kernels.publish(experts_K, weights_K, logits_E, coming_E, told_H, talk.there)
         slots_K, weights_K = self._slots[layer], self._weights[layer]
@@ -184,7 +162,7 @@ class DeviceTurns:
         self._turn += 1
         self._certainty, self._rule = self._scheduler.certainty(), None
         if self._native is not None and (rule := self._scheduler.plain_rule()) is not None:
-            has_logits = all(known for _, known, _ in self._parts) or not rule.alpha
+            has_logits = all(talk.words.logits for talk in self._talks) or not rule.alpha
             self._rule = rule if has_logits else None
         self._staging.begin()
 
@@ -223,10 +201,10 @@ class DeviceTurns:
         while layer < self._layers:
             if patience.is_new:
                 staging.prepare(layer)
-                if len(self._rows) >= due:
+                if len(self._books) >= due:
                     self._enter(layer)
             reached, is_missing = self._run(layer)
-            self._rows.extend(self._row(passed) for passed in range(layer, reached))
+            self._books.add(*(self._row(passed) for passed in range(layer, reached)))
             if is_missing:
                 return reached
             if reached > layer:
@@ -255,10 +233,10 @@ class DeviceTurns:
 
     def _run_here(self, layer: int) -> tuple[int, bool]:
         """The same without C++, for one layer; nothing is decided."""
-        talk, k, staging = self._talks[layer], self._parts[layer][0], self._staging
+        talk, staging = self._talks[layer], self._staging
         if not talk.heard():
             return layer, False
-        experts_K, weights_K = talk.told[:k].astype(np.int32), talk.told[k : 2 * k]
+        experts_K, weights_K = talk.words.chosen(talk.told)
         slots_K = staging.take(layer, experts_K)
         if slots_K.min() >= 0:
             talk.answer(self._turn, slots_K, weights_K)
@@ -276,31 +254,26 @@ class DeviceTurns:
         While it waits, what was answered before is entered into the books.
         """
         talk, staging = self._talks[layer], self._staging
-        k, known, coming = self._parts[layer]
-        told, row = talk.told, self._row(layer)
-        experts_K, weights_K = told[:k].astype(np.int32), told[k : 2 * k]
+        told, words, row = talk.told, talk.words, self._row(layer)
+        experts_K, weights_K = words.chosen(told)
         available_E = staging.ready(layer)
         if row.experts_K is not None and row.weights_K is not None:
             experts_K, weights_K = row.experts_K, row.weights_K
         elif not set(experts_K[~available_E[experts_K]].tolist()) <= set(self._sure):
-            logits_E = told[2 * k : 2 * k + known] if known else None
             experts_K, weights_K, row.scores_E = self._scheduler.choose_row(
-                layer, experts_K, weights_K, logits_E, available_E
+                layer, experts_K, weights_K, words.router_logits(told), available_E
             )
             row.experts_K = experts_K
         missing = np.sort(experts_K[~available_E[experts_K]]).tolist()
-        hidden = self._hidden[layer]
         row.misses = len(missing)
-        assists = hidden > 0 and staging.assists(layer)
+        assists = words.state > 0 and staging.assists(layer)
         if not assists and staging.start(layer, missing, experts_K):
             slots_K = staging.arrive(layer, experts_K, lambda: self._enter_some(layer))
             talk.answer(self._turn, slots_K, weights_K)
-            self._rows.append(row)
+            self._books.add(row)
             return
-        self._complete([row])
-        start = 2 * k + known + coming
-        state_H = told[start : start + hidden] if hidden else None
-        staged = staging.stage(layer, experts_K, row.scores_E, weights_K, state_H)
+        self._books.complete([row])
+        staged = staging.stage(layer, experts_K, row.scores_E, weights_K, words.row(told))
         talk.answer(self._turn, staged.slots_K, weights_K, staged.sum_H)
         staging.order_hosted(layer)
         self.look_ahead(layer, layer + 1)
@@ -308,7 +281,7 @@ class DeviceTurns:
 
     def _enter_some(self, before: int) -> None:
         """The same for a good number of rows, for one costs as much as many; there is a little time."""
-        if len(self._rows) >= ROWS_WORTH:
+        if len(self._books) >= ROWS_WORTH:
             self._enter(before)
 
     def _enter(self, before: int) -> None:
@@ -317,56 +290,30 @@ class DeviceTurns:
         Args:
             before: the layer that the device has come to by now.
         """
-        rows, self._rows = self._rows, []
-        for _, group in groupby(rows, lambda row: self._parts[row.layer]):
-            mine = list(group)
-            self._complete(mine)
-            scores = [row.scores_E for row in mine if row.scores_E is not None]
-            self._staging.note_rows(
-                np.array([row.layer for row in mine]),
-                np.stack([row.experts_K for row in mine if row.experts_K is not None]),
-                np.array([row.misses for row in mine]),
-                np.stack(scores) if scores else None,
-            )
-        for row in rows:
+        for row in self._books.enter():
             self.look_ahead(row.layer, before)
             self._talks[row.layer].forget()
 
-    def _row(self, layer: int) -> "Row":
+    def _row(self, layer: int) -> Row:
         """What is known of a layer's row so far."""
-        native, k = self._native, self._parts[layer][0]
+        native, k = self._native, self._talks[layer].words.top_k
         if self._rule is None or native is None:
             return Row(layer)
         experts_K, weights_K = native.chosen_LK[layer, :k], native.weights_LK[layer, :k]
         return Row(layer, replaced=int(native.replaced_L[layer]), experts_K=experts_K, weights_K=weights_K)
 
-    def _complete(self, rows: list["Row"]) -> None:
-        """Find out what is not known yet of rows that tell alike: their experts, and the gate scores of all."""
-        open_rows = [row for row in rows if row.scores_E is None]
-        if not open_rows:
-            return
-        layers = [row.layer for row in open_rows]
-        k, known, _ = self._parts[layers[0]]
-        told_NW = np.stack([self._talks[layer].told[: 2 * k + known] for layer in layers])
-        experts_NK, logits_NE = told_NW[:, :k].astype(np.int32), told_NW[:, 2 * k :] if known else None
-        scores_NE = self._scheduler.note_rows(layers, experts_NK, told_NW[:, k : 2 * k], logits_NE)
-        for number, row in enumerate(open_rows):
-            row.experts_K = experts_NK[number] if row.experts_K is None else row.experts_K
-            if scores_NE is not None:
-                row.scores_E = scores_NE[number]
-                if row.replaced:
-                    self._scheduler.note_replaced(row.layer, experts_NK[number], row.experts_K, scores_NE[number])
-
     def look_ahead(self, layer: int, before: int) -> None:
         """Forecast the layer after this one, unless the device has come to it by now."""
-        k, known, coming = self._parts[layer]
-        if coming and layer + 1 >= before:
-            start = 2 * k + known
-            self._scheduler.foresee(layer + 1, self._talks[layer].told[start : start + coming])
+        if layer + 1 < before:
+            return
+        talk = self._talks[layer]
+        logits_E = talk.words.forecast(talk.told)
+        if logits_E is not None:
+            self._scheduler.foresee(layer + 1, logits_E)
 
     def _give_up(self, look: Callable[[], bool]) -> None:
         """Let the device run to the step's end, whatever it computes."""
-        self._rows.clear()
+        self._books.clear()
         for talk in self._talks:
             talk.pass_all(self._turn)
         self._until(look, look)

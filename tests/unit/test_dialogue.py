@@ -4,14 +4,14 @@ import numpy as np
 import torch
 
 from benchmarks.device.played import share
-from raymoe.engine.dialogue import CLOSED, OPEN, Dialogue
+from raymoe.engine.dialogue import CLOSED, OPEN, Dialogue, Words
 
 TOP_K, HIDDEN = 2, 5
 
 
 def dialogue() -> Dialogue:
-    talk = Dialogue(share, 12, TOP_K, HIDDEN)
-    talk.listen_for(7)
+    talk = Dialogue(share, Words(TOP_K, logits=8), HIDDEN)
+    talk.listen_for(Words(TOP_K, logits=3))
     return talk
 
 
@@ -45,3 +45,21 @@ def test_passing_gives_the_first_slot_no_weight() -> None:
         assert (talk.decided >> 32).tolist() == [turn] * 2 * TOP_K
         assert talk.decided.to(torch.int32).tolist() == [0] * 2 * TOP_K
     assert CLOSED < 1 < OPEN, "turns are counted from 1"
+
+
+def test_words_are_found_where_they_were_told() -> None:
+    told = np.array([[3, 1, 0.75, 0.25, 10, 11, 12, 20, 21, 30, 31]] * 2, dtype=np.float32)
+    words = Words(TOP_K, logits=3, coming=2, state=2)
+    assert words.total == told.shape[1]
+    experts, weights = words.chosen(told[0])
+    assert experts.tolist() == [3, 1] and experts.dtype == np.int32 and weights.tolist() == [0.75, 0.25]
+    of_many = (*words.chosen(told), words.router_logits(told), words.forecast(told), words.row(told))
+    assert [part[1].tolist() for part in of_many if part is not None] == [
+        [3, 1],
+        [0.75, 0.25],
+        [10, 11, 12],
+        [20, 21],
+        [30, 31],
+    ]
+    bare = Words(TOP_K)
+    assert [bare.router_logits(told), bare.forecast(told), bare.row(told)] == [None] * 3

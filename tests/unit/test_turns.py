@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.device.played import share
-from raymoe.engine.dialogue import Dialogue
+from raymoe.engine.dialogue import Dialogue, Words
 from raymoe.experts.slots import ABSENT, UNDER_WAY
 from raymoe.kernels.turns import NativeTurns, PlainRule, TurnMemory, native_turns
 from raymoe.model.router_rule import RouterRule
@@ -32,9 +32,7 @@ class Layers:
         self.ranked_LR = np.full((layers, slots + 1), -1, dtype=np.int32)
         self.source_E = np.arange(100, 100 + experts, dtype=np.uint64)
         self.target_S = np.arange(900, 900 + slots, dtype=np.uint64)
-        self.talks = [Dialogue(share, 2 * top_k + experts, top_k, 0) for _ in range(layers)]
-        for talk in self.talks:
-            talk.listen_for(2 * top_k + experts)
+        self.talks = [Dialogue(share, Words(top_k, experts), 0) for _ in range(layers)]
         self.copied: list[tuple[int, int, int, int]] = []
         self.refuses = False
         self._copy: Any = COPY(self._note)
