@@ -38,9 +38,10 @@ $(VENV)/.dev: $(VENV)/.base
 run: $(VENV)/.base
 	$(BIN)/raymoe serve deployments/local.yaml --port $(PORT) --chat "$(PROMPT)"
 
-# tests of whole clusters: two files at a time, for each has several processes
+# tests of whole clusters: two files at a time, for each has several processes; in their order, for xdist's own begins the
+# longest file last, which has few tests
 test: unit
-	$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types imports unit
 
