@@ -38,10 +38,9 @@ $(VENV)/.dev: $(VENV)/.base
 run: $(VENV)/.base
 	$(BIN)/raymoe serve deployments/local.yaml --port $(PORT) --chat "$(PROMPT)"
 
-# tests of whole clusters: two files at a time, for each has several processes; in their order, for xdist's own begins the
-# longest file last, which has few tests
+# tests of whole clusters: two files at a time, for each has several processes
 test: unit
-	$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile
 
 check: lint types imports unit
 

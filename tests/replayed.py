@@ -45,8 +45,10 @@ class ReplayStep:
             self._error = error
 
     def is_done(self) -> bool:
-        assert self._thread is not None
+        if self._thread is None:
+            return True
         self._thread.join(timeout=0.001)
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
         return not self._thread.is_alive()

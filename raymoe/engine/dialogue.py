@@ -18,6 +18,7 @@ from raymoe.experts.arena import CudaPinning, Pinning, pages
 
 UNHEARD = 0xFFC0DEAD  # bits of a NaN; those that arithmetic gives end in zeros or ones
 OPEN = 1 << 30  # a turn that is always later than the device's
+LAST_TURN = 1 << 29  # before turns are counted from 1 again
 CLOSED = 0
 TYPES = {torch.float32: "<f4", torch.int64: "<i8"}
 

@@ -64,7 +64,7 @@ class RowBooks:
     def enter(self) -> list[Row]:
         """Enter all; returns them. What the device told of them is of no more use here."""
         rows, self._rows = self._rows, []
-        for _, group in groupby(rows, lambda row: self._talks[row.layer].words):
+        for _, group in groupby(rows, lambda row: (self._talks[row.layer].words, self._staging.experts(row.layer))):
             mine = list(group)
             self.complete(mine)
             scores = [row.scores_E for row in mine if row.scores_E is not None]

@@ -19,7 +19,7 @@ import torch
 
 from raymoe.checkpoint.architectures import experts_modules
 from raymoe.checkpoint.checkpoint import Checkpoint
-from raymoe.engine.dialogue import CLOSED, OPEN, Dialogue, MappedMemory, Share, Words
+from raymoe.engine.dialogue import CLOSED, LAST_TURN, OPEN, Dialogue, MappedMemory, Share, Words
 from raymoe.engine.row_books import Row, RowBooks
 from raymoe.engine.scheduler import ExpertScheduler
 from raymoe.errors import EngineStoppedError
@@ -79,27 +79,42 @@ class DeviceTurns:
                 torch.from_numpy(staging.slots_by_expert(layer)).to(device) for layer in range(self._layers)
             ]
             return
-        share = share or MappedMemory()
-        # the host adds its part to what kernels give, who alone leave its experts out
+        self._share = share or MappedMemory()
+        self._top_k = top_k
+        self._begin_talks()
+        self._turns = torch.zeros(self._layers, dtype=torch.int64, device=device)
+        self._turn, self._must_restart = 0, False
+        self._native: NativeTurns | None = None
+        self._certainty: float | None = None
+        self._rule: PlainRule | None = None  # by which C++ decides rows in this step
+        self._sure: list[int] = []  # experts of the row in hand whose loads were begun before it was decided
+        self._slots = [torch.zeros(k, dtype=torch.int64, device=device) for k in top_k]
+        self._weights = [torch.zeros(k, dtype=torch.float32, device=device) for k in top_k]
+
+    def _begin_talks(self) -> None:
+        """Of what is asked for now. The host adds its part to what kernels give, who alone leave its experts out."""
+        staging = self._staging
+        self._asked = self._asks()
         self._hidden = [
             staging.hidden(layer) if staging.may_assist and isinstance(compute, KernelRow) else 0
             for layer, compute in enumerate(self._computes)
         ]
         self._talks = [
-            Dialogue(share, Words(k, staging.most_experts, staging.most_experts, hidden), hidden)
-            for k, hidden in zip(top_k, self._hidden, strict=True)
+            Dialogue(self._share, Words(k, staging.most_experts, staging.most_experts, hidden), hidden)
+            for k, hidden in zip(self._top_k, self._hidden, strict=True)
         ]
-        self._turns = torch.zeros(self._layers, dtype=torch.int64, device=device)
-        self._turn, self._is_open = 0, False
-        self._native: NativeTurns | None = None
-        self._certainty: float | None = None
-        self._rule: PlainRule | None = None  # by which C++ decides rows in this step
-        self._sure: list[int] = []  # experts of the row in hand whose loads were begun before it was decided
-        self._books = RowBooks(scheduler, staging, self._talks)
-        self._slots = [torch.zeros(k, dtype=torch.int64, device=device) for k in top_k]
-        self._weights = [torch.zeros(k, dtype=torch.float32, device=device) for k in top_k]
+        self._books = RowBooks(self._scheduler, staging, self._talks)
+
+    def _asks(self) -> tuple[bool, bool]:
+        """Whether forecasts and the host's help are wanted, for which the device tells more."""
+        return self._scheduler.foresees, self._staging.may_assist
 
     # --- while a step is captured -------------------------------------------------------------------------
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what was captured tells all that is asked for now: settings may change meanwhile."""
+        return self._is_whole or self._asked == self._asks()
 
     def compute(
         self, layer: int, hidden_1H: torch.Tensor, experts_1K: torch.Tensor, weights_1K: torch.Tensor
@@ -139,10 +154,13 @@ class DeviceTurns:
 
     def open(self) -> None:
         """Let the device pass without an answer."""
-        if not self._is_whole:
-            self._is_open = True
-            for talk in self._talks:
-                talk.pass_all(OPEN)
+        if self._is_whole:
+            return
+        if not self.is_current:
+            self._begin_talks()
+        self._must_restart = True
+        for talk in self._talks:
+            talk.pass_all(OPEN)
 
     # --- while a step runs --------------------------------------------------------------------------------
 
@@ -150,21 +168,25 @@ class DeviceTurns:
         """A step is about to be enqueued."""
         if self._is_whole:
             return
-        if self._is_open:
-            self._is_open, self._turn = False, 0
-            self._turns.zero_()
-            for talk in self._talks:
-                talk.pass_all(CLOSED)
-                talk.forget()
-            self._native = native_turns(
-                [TurnMemory(**talk.memory(), **self._staging.memory(layer)) for layer, talk in enumerate(self._talks)]
-            )
-        self._turn += 1
+        if self._must_restart or self._turn >= LAST_TURN:
+            self._restart()
         self._certainty, self._rule = self._scheduler.certainty(), None
         if self._native is not None and (rule := self._scheduler.plain_rule()) is not None:
             has_logits = all(talk.words.logits for talk in self._talks) or not rule.alpha
             self._rule = rule if has_logits else None
         self._staging.begin()
+        self._turn += 1  # last, for the device does the same: it would take an old answer for one of this turn
+
+    def _restart(self) -> None:
+        """Count turns from 1 again, on both sides, and forget what was said."""
+        self._must_restart, self._turn = False, 0
+        self._turns.zero_()
+        for talk in self._talks:
+            talk.pass_all(CLOSED)
+            talk.forget()
+        self._native = native_turns(
+            [TurnMemory(**talk.memory(), **self._staging.memory(layer)) for layer, talk in enumerate(self._talks)]
+        )
 
     def serve(self, look: Callable[[], bool]) -> None:
         """Answer for each layer as the device comes to it, and account for the step."""
@@ -279,16 +301,20 @@ class DeviceTurns:
         self.look_ahead(layer, layer + 1)
         talk.forget()
 
-    def _enter_some(self, before: int) -> None:
-        """The same for a good number of rows, for one costs as much as many; there is a little time."""
+    def _enter_some(self, here: int) -> None:
+        """The same for a good number of rows, for one costs as much as many; there is a little time.
+
+        Args:
+            here: the layer that the device waits in, so that a forecast of it is late.
+        """
         if len(self._books) >= ROWS_WORTH:
-            self._enter(before)
+            self._enter(here + 1)
 
     def _enter(self, before: int) -> None:
         """Enter rows that were answered into the books, and look ahead from them.
 
         Args:
-            before: the layer that the device has come to by now.
+            before: the first layer that the device may not have come to yet.
         """
         for row in self._books.enter():
             self.look_ahead(row.layer, before)
@@ -303,8 +329,8 @@ class DeviceTurns:
         return Row(layer, replaced=int(native.replaced_L[layer]), experts_K=experts_K, weights_K=weights_K)
 
     def look_ahead(self, layer: int, before: int) -> None:
-        """Forecast the layer after this one, unless the device has come to it by now."""
-        if layer + 1 < before:
+        """Forecast the layer after this one, unless the device has come to it by now (see ``_enter``)."""
+        if layer + 1 < before or not self._scheduler.foresees:
             return
         talk = self._talks[layer]
         logits_E = talk.words.forecast(talk.told)
@@ -313,12 +339,11 @@ class DeviceTurns:
 
     def _give_up(self, look: Callable[[], bool]) -> None:
         """Let the device run to the step's end, whatever it computes."""
+        self._must_restart = True  # as there are words that nobody took, and more to come
         self._books.clear()
         for talk in self._talks:
             talk.pass_all(self._turn)
         self._until(look, look)
-        for talk in self._talks:
-            talk.forget()
 
 
 class Patience:

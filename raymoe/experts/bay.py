@@ -196,7 +196,6 @@ class Bay(ABC):
             self._settle()
             self.tracer = tracer
             self._purposes.clear()
-        self._loader.set_clock()
 
     def ready_and_loading(self) -> tuple[np.ndarray, list[int]]:
         """Bool of all layers' experts [L, E], whether each can be computed now; and the ids of those under way."""

@@ -7,9 +7,10 @@ whoever waits for the device calls ``pump`` meanwhile, and so does every questio
 To enqueue a copy takes the host some 5 microseconds, an event 4 to 7. So only some loads are timed, and computing waits
 for the last of several.
 
-Used by the engine's thread.
+Most is asked by the engine's thread, but whoever looks at a worker, or takes experts from it, asks as well.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -67,14 +68,11 @@ class CudaTicket:
 
     def hurry(self) -> None:
         """Enqueue what is left of it before all other prefetches."""
-        if self.ended is None and self.error is None:
-            self.loader.enqueue(self)
+        self.loader.enqueue(self)
 
     def cancel(self) -> None:
         """Enqueue no more of it. Its slot is free at once: later copies come after those under way."""
-        if self.ended is None and self.error is None:
-            self.error = LoadCancelledError("the load was cancelled")
-            self.loader.forget(self)
+        self.loader.give_up(self)
 
     def link_s(self) -> float | None:
         """Seconds between its first copy's beginning and its last one's end on the device."""
@@ -97,7 +95,7 @@ class CudaLoader:
     Attributes:
         follows_host: the host has seen the end of whatever computed in the slots that it gives to loads, so copies need
             not wait for computing under way. Otherwise they do, on the device.
-        clock: relates the device's time to the host's, once ``set_clock`` was called.
+        clock: relates the device's time to the host's; None where nobody looks.
     """
 
     prefetches = 4
@@ -110,66 +108,81 @@ class CudaLoader:
         self._piece_bytes = piece_bytes
         self._queue: deque[CudaTicket] = deque()
         self._under_way: deque[Mark] = deque()
-        self._started = 0
+        self._untimed = TIMED_EVERY - 1  # loads since one was timed
+        self._lock = threading.RLock()
         self._places = 0
         self._waited = 0  # the place in the stream that computing waits for already
 
     def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> CudaTicket:
         """Begin a load: all of it now, or, ahead of need, when the link has room for it."""
         assert isinstance(source, PackedExpert) and isinstance(target, PackedExpert), "experts move in one piece"
-        timed = self.clock is not None or self._started % TIMED_EVERY == 0
-        self._started += 1
-        ticket = CudaTicket(self, source, target, timed)
-        if priority == ON_DEMAND:
-            self.enqueue(ticket)
-        else:
-            self._queue.append(ticket)
-            self.pump()
-        return ticket
+        with self._lock:
+            timed = self.clock is not None or self._is_timing_due
+            self._untimed = 0 if timed else self._untimed + 1
+            ticket = CudaTicket(self, source, target, timed)
+            if priority == ON_DEMAND:
+                self.enqueue(ticket)
+            else:
+                self._queue.append(ticket)
+                self.pump()
+            return ticket
+
+    @property
+    def _is_timing_due(self) -> bool:
+        return self._untimed >= TIMED_EVERY - 1
 
     @property
     def native(self) -> tuple[int, int] | None:
         """As the stream's, while the next load need not be timed, nor wait for computing."""
-        if self.clock is not None or self._started % TIMED_EVERY == 0 or not self.follows_host:
+        if self.clock is not None or self._is_timing_due or not self.follows_host:
             return None
         return self.stream.native
 
     def adopt(self, source: PackedExpert, target: PackedExpert) -> CudaTicket:
         """A load whose copy somebody else has just enqueued."""
-        self._started += 1
-        ticket = CudaTicket(self, source, target, is_timed=False, offset=source.numel)
-        self._end(ticket)
-        return ticket
+        with self._lock:
+            self._untimed += 1
+            ticket = CudaTicket(self, source, target, is_timed=False, offset=source.numel)
+            self._end(ticket)
+            return ticket
 
     def pump(self) -> None:
         """Enqueue pieces of prefetches as far as there is room. Never waits."""
-        while self._under_way and self._under_way[0].query():
-            self._under_way.popleft()
-        if not self._queue or len(self._under_way) >= WINDOW:
-            return
-        while self._queue and len(self._under_way) < WINDOW:
-            ticket = self._queue[0]
-            self._advance(ticket, max(1, self._piece_bytes // ticket.source.itemsize))
-            mark = ticket.ended
-            if mark is not None:
-                self._queue.popleft()
-            self._under_way.append(mark or self.stream.mark())
+        with self._lock:
+            while self._under_way and self._under_way[0].query():
+                self._under_way.popleft()
+            while self._queue and len(self._under_way) < WINDOW:
+                ticket = self._queue[0]
+                self._advance(ticket, max(1, self._piece_bytes // ticket.source.itemsize))
+                mark = ticket.ended
+                if mark is not None:
+                    self._queue.popleft()
+                self._under_way.append(mark or self.stream.mark())
 
     def enqueue(self, ticket: CudaTicket) -> None:
         """All that is left of a load, now."""
-        self.forget(ticket)
-        self._advance(ticket, ticket.source.numel)
+        with self._lock:
+            if ticket.ended is None and ticket.error is None:
+                self._forget(ticket)
+                self._advance(ticket, ticket.source.numel)
 
-    def forget(self, ticket: CudaTicket) -> None:
-        """A load waits no longer."""
+    def give_up(self, ticket: CudaTicket) -> None:
+        """Enqueue no more of a load."""
+        with self._lock:
+            if ticket.ended is None and ticket.error is None:
+                ticket.error = LoadCancelledError("the load was cancelled")
+                self._forget(ticket)
+
+    def _forget(self, ticket: CudaTicket) -> None:
         if ticket in self._queue:
             self._queue.remove(ticket)
 
     def let_wait(self, mark: Mark, place: int) -> None:
         """Computing waits for this place in the stream, unless it waits for a later one already."""
-        if place > self._waited:
-            self._waited = place
-            self.stream.compute_after(mark)
+        with self._lock:
+            if place > self._waited:
+                self._waited = place
+                self.stream.compute_after(mark)
 
     def _advance(self, ticket: CudaTicket, elements: int) -> None:
         """Enqueue so many more elements of a load."""
@@ -192,11 +205,13 @@ class CudaLoader:
         self._places += 1
         ticket.place = self._places
 
-    def set_clock(self) -> None:
-        """Relate the device's time to the host's."""
-        self.clock = read_clock(self.stream)
+    def watch(self, on: bool) -> None:
+        """While on, every load is timed, and the device's time related to the host's."""
+        with self._lock:
+            self.clock = read_clock(self.stream) if on else None
 
     def close(self) -> None:
         """Wait for copies in flight."""
-        self._queue.clear()
+        with self._lock:
+            self._queue.clear()
         self.stream.synchronize()

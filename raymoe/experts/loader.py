@@ -74,8 +74,8 @@ class Loader(Protocol):
         """Begin to move ``source`` into ``target``."""
         ...
 
-    def set_clock(self) -> None:
-        """Compare clocks now, so that loads begun from now on can tell exactly when they took place."""
+    def watch(self, on: bool) -> None:
+        """While on, loads that begin can tell exactly when they took place."""
         ...
 
     def close(self) -> None:
@@ -176,7 +176,7 @@ class ThreadLoader:
         self._put(ticket)
         return ticket
 
-    def set_clock(self) -> None:
+    def watch(self, on: bool) -> None:
         """Nothing: the thread reads the clock itself."""
 
     def close(self) -> None:

@@ -82,12 +82,15 @@ class Shelf(Bay):
     def start(self, layer: int, experts: list[int], row_K: np.ndarray) -> bool:
         """Load these of a row before anything else is done. False where a slot is lacking.
 
-        The row's other experts are shielded, as far as they are there. What begins here, ``begin_row`` finds under way.
+        The row's other experts are shielded as far as they are there, and these too, for a load that has ended may be
+        taken note of at any time. What begins here, ``begin_row`` finds under way.
         """
-        slot_of, tickets = self.residency.slot_of, self._tickets
+        slot_of, tickets, shielded_S = self.residency.slot_of, self._tickets, self.residency.shielded_S
         with self._lock:
+            if tickets:
+                self._settle(layer)  # one that was cancelled is no load of this row
             slots_K = self.residency.ready_slot_LE[layer][row_K]
-            self.residency.shielded_S[slots_K[slots_K >= 0]] = True
+            shielded_S[slots_K[slots_K >= 0]] = True
             for expert in experts:
                 identifier = expert_id(layer, expert)
                 if identifier in slot_of:
@@ -97,6 +100,7 @@ class Shelf(Bay):
                     self._begun.add(identifier)
                 else:
                     return False
+                shielded_S[slot_of[identifier]] = True
             return True
 
     def arrive(self, layer: int, experts_K: np.ndarray, meanwhile: Callable[[], None]) -> np.ndarray:
@@ -114,6 +118,8 @@ class Shelf(Bay):
                     raise self._failed.pop(i, LoadCancelledError("the load was cancelled"))
             tickets = [ticket for i in wanted if (ticket := self._tickets.get(i)) is not None]
             slots_K = np.array([self.residency.slot_of[i] for i in wanted], dtype=np.int32)
+            self.residency.shielded_S[slots_K] = True
+            self.counters.prefetches_late += self._orders.drop(layer)
             begun_s = min((self._started_s[i] for i in wanted if i in self._started_s), default=0.0)
             if tickets and self._orders.by_layer:
                 self._settle()
@@ -207,12 +213,13 @@ class Shelf(Bay):
         return np.array(slots, dtype=np.int32)
 
     def order_hosted(self) -> None:
-        """What the host computed of the last row is ordered for later, when the link is free."""
+        """The last row is computed: what the host did of it is ordered for later, when the link is free."""
         step = self._step
         if step is not None and step.hosted:
             with self._lock:
                 self.counters.hosted += len(step.hosted)
                 self._order(step.layer, {i: self.keeper.worth(*layer_and_expert(i)) for i in step.hosted})
+        self._step = None
 
     def _begin_step(
         self,
@@ -455,8 +462,10 @@ class Shelf(Bay):
         self.ranked_LR[layer, len(first)] = -1
 
     def _prepared_victim(self, layer: int) -> int | None:
-        """The next of these that may be emptied; None where nothing was prepared, or no slot is left of it."""
+        """The next of these that may be emptied; None where a slot is free, or no prepared one is left."""
         residency = self.residency
+        if residency.has_free:
+            return None
         for slot in self.ranked_LR[layer].tolist():
             if slot < 0:
                 break

@@ -162,19 +162,19 @@ class Residency:
         Returns (slot, evicted expert or None), or None where every slot is shielded or loading.
 
         Args:
-            victim: the slot to empty where none is free, as ``victim`` names it.
+            victim: the slot to empty, as ``victim`` names it; None: a free one.
         """
         assert expert not in self.slot_of, "an expert has one slot at most"
         evicted = None
-        if self._free:
-            slot = self._free.pop()
-        else:
-            if victim is None:
-                return None
+        if victim is not None:
             slot = victim
             evicted = self.expert_in[slot]
             assert evicted is not None
             self._forget(evicted)
+        elif self._free:
+            slot = self._free.pop()
+        else:
+            return None
         self.slot_of[expert] = slot
         self.expert_in[slot] = expert
         layer, number = layer_and_expert(expert)

@@ -126,6 +126,10 @@ class Staging:
         """Where the slots lie."""
         return self._shelves[0].pool.block.device
 
+    def experts(self, layer: int) -> int:
+        """Of a layer."""
+        return len(self._owned[layer])
+
     def pool(self, layer: int) -> SlotPool:
         """The slots that a layer's experts pass through."""
         return self._by_layer[layer].pool
@@ -283,7 +287,7 @@ class Staging:
         return Staged(slots_K, sum_H)
 
     def order_hosted(self, layer: int) -> None:
-        """What the host has computed of the layer's row is loaded later, when the link is free."""
+        """The layer's row is computed: what the host did of it is loaded later, when the link is free."""
         self._by_layer[layer].order_hosted()
 
     @property

@@ -568,8 +568,12 @@ class ExpertWorker:
         """Begin to record loads, computing and waits; or end it, which returns what was recorded."""
         before = self._watch
         tracer = Tracer(f"worker {self.name}", emulated_link=self._link.emulated) if on else None
+        if self._loader is not None and on:
+            self._loader.watch(True)
         for bay in self._bays:
             bay.trace(tracer)
+        if self._loader is not None and not on:
+            self._loader.watch(False)
         self._watch = None if tracer is None else CallWatch(tracer, self.device)
         return None if before is None else before.tracer.recording()
 

@@ -183,7 +183,10 @@ def route_kernel(
     SIGMOID: tl.constexpr,
     RENORMALISED: tl.constexpr,
 ):
-    """The K best experts of one token by softmax or sigmoid of its logits, and their weights. Ties: the lower one."""
+    """The K best experts of one token by softmax or sigmoid of its logits, and their weights. Ties: the lower one.
+
+    Of a broken model's logits, that are no numbers, weights are none either, and experts are some that exist.
+    """
     expert, place = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     logits = tl.load(logits_ptr + expert, mask=expert < E, other=-float("inf")).to(tl.float32)
     if SIGMOID:
@@ -196,12 +199,14 @@ def route_kernel(
     weights = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for k in tl.static_range(K):
         best = tl.max(rest, axis=0)
-        index = tl.min(tl.where(rest == best, expert, BLOCK_E), axis=0)
+        index = tl.minimum(tl.min(tl.where(rest == best, expert, BLOCK_E), axis=0), E - 1)
         chosen = tl.where(place == k, index, chosen)
         weights = tl.where(place == k, best, weights)
         rest = tl.where(expert == index, -1.0, rest)
     if RENORMALISED:
         weights = weights / tl.sum(weights, axis=0)
+    total = tl.sum(tl.where(expert < E, scores, 0.0), axis=0)
+    weights = tl.where(total == total, weights, float("nan"))
     tl.store(experts_ptr + place, chosen.to(tl.int64), mask=place < K)
     tl.store(weights_ptr + place, weights * scale, mask=place < K)
 

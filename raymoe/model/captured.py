@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from raymoe.checkpoint.architectures import experts_modules
+from raymoe.errors import EngineStoppedError
 from raymoe.model.fixed_cache import FixedCache, capacity_for, why_not_fixed
 from raymoe.model.runner import SequenceState
 
@@ -28,6 +29,11 @@ ForwardOne = Callable[[torch.Tensor, torch.Tensor, Any], Any]
 
 class StepExperts(Protocol):
     """Who computes experts in a captured step."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether a step that was captured before still is what is asked for."""
+        ...
 
     def compute(
         self, layer: int, hidden_1H: torch.Tensor, experts_1K: torch.Tensor, weights_1K: torch.Tensor
@@ -169,13 +175,14 @@ class CapturedDecode:
 
     def _take(self, state: SequenceState) -> bool:
         """Whether the sequence lies in the fixed cache now, with room for one token more."""
-        if self._is_owner(state) and self._cache is not None and state.length < self._cache.capacity:
+        cache, is_current = self._cache, self._experts.is_current
+        if self._is_owner(state) and cache is not None and state.length < cache.capacity and is_current:
             return True
         owner = self._owner() if self._owner is not None else None
         if owner is not None:
             self.release(owner)
         reason = why_not_fixed(state.kwargs.get("past_key_values"))
-        if reason is None and (self._cache is None or state.length >= self._cache.capacity):
+        if reason is None and (cache is None or state.length >= cache.capacity or not is_current):
             reason = self._capture(state)
         if reason is not None:
             log.warning("decode steps run uncaptured, kernel by kernel: %s", reason)
@@ -184,6 +191,10 @@ class CapturedDecode:
         assert self._cache is not None
         self._cache.take(state.kwargs["past_key_values"], state.length)
         self._owner = weakref.ref(state)
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(
+                self._model.device
+            )  # with a prompt, whose experts' slots a load may take from now on
         return True
 
     def _capture(self, state: SequenceState) -> str | None:
@@ -219,6 +230,8 @@ class CapturedDecode:
     def _run(self) -> None:
         step = self._step
         assert step is not None
+        if not step.is_done():
+            raise EngineStoppedError("the device has not ended an earlier step yet")
         self._experts.begin()
         step.run()
         self._experts.serve(step.is_done)

@@ -95,7 +95,7 @@ class SimLink:
         self.put(ticket)
         return ticket
 
-    def set_clock(self) -> None:
+    def watch(self, on: bool) -> None:
         """Nothing: there is one clock."""
 
     def close(self) -> None:

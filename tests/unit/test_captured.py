@@ -263,3 +263,56 @@ def test_a_device_that_does_not_go_on_is_noticed(wide: Path, monkeypatch: pytest
         patched.setattr(Dialogue, "heard", lambda self: False)
         with pytest.raises(EngineStoppedError, match="the device did not go on with a step"):
             service.runner.decode(state, int(logits.argmax()))
+
+
+def test_a_change_of_what_is_asked_for_is_captured(wide: Path) -> None:
+    settings = {"policy": "importance", "alpha": 0.0, "host_assist": False}
+    with local_service(wide, slot_memory=8 * EXPERT_BYTES, prefetch="none", **settings) as service:
+        recorder = captured(service)
+        runner, scheduler = service.runner, service.experts
+        told: list[int] = []
+        expect = scheduler.dispatcher.expect
+        scheduler.dispatcher.expect = lambda layer, *args: (told.append(layer), expect(layer, *args))
+        logits, state = runner.prefill(PROMPT)
+        answer = [int(logits.argmax())]
+
+        def decode(count: int) -> None:
+            for _ in range(count):
+                answer.append(int(runner.decode(state, answer[-1]).argmax()))
+
+        told.clear()
+        decode(2)
+        assert recorder.captures == 1 and not told
+        scheduler.reconfigure(service.config.scheduling.model_copy(update={"prefetch": "gate"}))
+        decode(2)
+        assert recorder.captures == 2 and told
+        scheduler.reconfigure(service.config.scheduling)
+        told.clear()
+        decode(2)
+        assert recorder.captures == 3 and not told
+        assert answer == reference_at(wide, PROMPT, 7)
+
+
+@pytest.mark.usefixtures("first_moments")
+def test_turns_are_counted_anew_before_their_number_ends(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "LAST_TURN", 2)
+    with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
+        captured(service)
+        assert tokens_of(service, PROMPT, 7) == reference_at(wide, PROMPT, 7)
+        assert service.runner.captured._experts._turn <= 2
+
+
+def test_a_device_that_is_still_at_an_earlier_step_gets_no_other(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
+        captured(service)
+        runner = service.runner
+        logits, state = runner.prefill(PROMPT)
+        answer = [int(logits.argmax())]
+        answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        step = runner.captured._step
+        with monkeypatch.context() as patched:
+            patched.setattr(step, "is_done", lambda: False)
+            with pytest.raises(EngineStoppedError, match="an earlier step"):
+                runner.decode(state, answer[-1])
+        answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        assert answer == reference_at(wide, PROMPT, 3)

@@ -177,10 +177,14 @@ def test_some_loads_are_timed_and_all_while_somebody_looks() -> None:
     stream.run()
     assert sum(ticket.link_s() is not None for ticket in tickets) == 2
     assert all(ticket.span_s() is None for ticket in tickets)
-    loader.set_clock()
+    loader.watch(True)
     later = [loader.start(expert(1.0), expert(0.0), 32, ON_DEMAND) for _ in range(3)]
     stream.run()
     assert all(ticket.span_s() is not None for ticket in later)
+    loader.watch(False)
+    again = [loader.start(expert(1.0), expert(0.0), 32, ON_DEMAND) for _ in range(TIMED_EVERY)]
+    stream.run()
+    assert sum(ticket.link_s() is not None for ticket in again) == 1
 
 
 def test_closing_waits_for_what_is_under_way() -> None:

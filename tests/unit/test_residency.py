@@ -28,6 +28,15 @@ def test_the_least_recently_used_expert_is_evicted() -> None:
     assert claim(residency, 5) == (1, 1)
 
 
+def test_a_slot_that_was_chosen_is_emptied_though_another_is_free_by_now() -> None:
+    residency = Residency(2, 1, 8)
+    fill(residency, 0, 1)
+    chosen = residency.slot_of[1]
+    residency.abandon(residency.slot_of[0])
+    assert residency.claim(5, chosen) == (chosen, 1), "it may have been loaded already"
+    assert residency.claim(6, None) is not None and residency.slot_of[6] != chosen
+
+
 def test_shielded_experts_are_not_evicted() -> None:
     residency = Residency(2, 1, 8)
     fill(residency, 0, 1)

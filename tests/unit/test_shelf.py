@@ -421,3 +421,52 @@ def test_a_prefetch_that_a_row_surely_needs_is_hurried() -> None:
     take(shelf, [5, 1])
     assert shelf.start(0, [5, 1], np.array([5, 1], dtype=np.int32))
     assert loader.tickets[5].hurried and loader.started == [(5, PREFETCH), (1, ON_DEMAND)]
+
+
+def full_shelf(loads: list[int]) -> tuple[Shelf, ManualLoader]:
+    """Four slots that hold 0 to 3; a row of these is taken and its loads are begun."""
+    shelf, loader = make_shelf(slots=4)
+    for experts in ([0, 1], [2, 3]):
+        run_step(shelf, experts, scores=[0.1] * 8)
+    take(shelf, [*loads, 3])
+    assert shelf.start(0, loads, np.array([*loads, 3], dtype=np.int32))
+    return shelf, loader
+
+
+def test_what_a_row_needs_keeps_its_slot_when_its_load_has_ended() -> None:
+    shelf, loader = full_shelf([5, 6])
+    loader.tickets[5].finish()
+    for layer in (0, 1):
+        expect(shelf, dict.fromkeys([1, 2, 4, 7], 9.0), layer=layer)
+        shelf.on_idle()
+    row = np.array([5, 6, 3], dtype=np.int32)
+    wanted = lambda: expect(shelf, dict.fromkeys([1, 2, 4, 7], 9.0), layer=1)  # noqa: E731
+    slots = shelf.arrive(0, row, wanted).tolist()
+    shelf.on_idle()
+    assert [held(shelf, slot) for slot in slots] == [5.0, 6.0, 3.0]
+    assert {3, 5, 6} <= set(shelf.resident())
+
+
+def test_orders_for_the_layer_in_hand_begin_no_more_when_its_row_is_there() -> None:
+    shelf, loader = full_shelf([5, 6])
+    expect(shelf, {7: 9.0})
+    late, begun = shelf.counters.prefetches_late, len(loader.started)
+    shelf.arrive(0, np.array([5, 6, 3], dtype=np.int32), lambda: None)
+    assert shelf.counters.prefetches_late == late + 1 and len(loader.started) == begun
+
+
+def test_a_cancelled_prefetch_is_begun_anew_for_a_row() -> None:
+    shelf, loader = make_shelf(slots=4)
+    expect(shelf, {5: 1.0})
+    loader.tickets[5].cancel()
+    assert shelf.start(0, [5], np.array([5], dtype=np.int32))
+    assert loader.started == [(5, PREFETCH), (5, ON_DEMAND)]
+    assert held(shelf, int(shelf.arrive(0, np.array([5], dtype=np.int32), lambda: None)[0])) == 5.0
+
+
+def test_after_a_row_forecasts_of_its_layer_are_for_the_next_step() -> None:
+    shelf, loader = make_shelf(slots=4)
+    land(shelf, [0])
+    shelf.order_hosted()
+    expect(shelf, {7: 9.0})
+    assert loader.started[-1] == (7, PREFETCH)

@@ -122,6 +122,20 @@ def test_route(kernels: GpuKernels, sigmoid: bool, renormalised: bool, experts: 
     assert_alike(weights, expected * 1.5)
 
 
+@pytest.mark.parametrize("sigmoid", [True, False])
+@pytest.mark.parametrize("renormalised", [True, False])
+@pytest.mark.parametrize(("experts", "broken"), [(8, [3]), (60, [59]), (60, list(range(60)))])
+def test_what_is_no_number_is_routed_to_experts_that_exist(
+    kernels: GpuKernels, sigmoid: bool, renormalised: bool, experts: int, broken: list[int]
+) -> None:
+    logits = randn(experts, dtype=torch.float32)
+    logits[broken] = torch.nan
+    chosen, weights = torch.full((4,), -1, device=DEVICE), torch.zeros(4, device=DEVICE)
+    kernels.route(logits, sigmoid, renormalised, 1.0, chosen, weights)
+    assert int(chosen.min()) >= 0 and int(chosen.max()) < experts
+    assert weights.isnan().all(), "so that the request's outputs are seen to be none"
+
+
 def test_published(kernels: GpuKernels) -> None:
     experts, weights = torch.tensor([5, 2, 9], device=DEVICE), randn(3, dtype=torch.float32)
     logits, coming, state = (randn(count, dtype=torch.float32) for count in (11, 7, 20))
