@@ -93,7 +93,11 @@ class DeviceConfig(StrictModel):
     transport: Literal["zmq", "local"] = Field(
         "zmq", description='"zmq": a worker process of its own; "local": inside the engine\'s process.'
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads for this worker's arithmetic; omitted: 1.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads for this worker's arithmetic; omitted: 1, inside the engine's process all of its.",
+    )
     node_labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels the worker must match.")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray resources the worker takes.")
     optional: bool = Field(
@@ -155,7 +159,9 @@ class TrunkConfig(StrictModel):
         description="Most prompt tokens that a step reads beside other requests' next tokens. Omitted: as many as "
         "lengthen a step by about half, as measured.",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of the trunk; omitted: one per core.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of the trunk; omitted: one per core that no worker process needs."
+    )
     max_running: int = Field(8, ge=1, le=1024, description="Requests that decode at the same time.")
     max_waiting: int = Field(64, ge=0, le=100_000, description="Requests that may wait; more are refused.")
     native_kernels: bool = Field(

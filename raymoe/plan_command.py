@@ -61,7 +61,7 @@ def plan(
         progress.stage("planning")
         if k8s:
             progress.stop()
-            typer.echo(patch(model, cluster, facts, devices), nl=False)
+            typer.echo(patch(model, cluster, dtype, facts, devices), nl=False)
             return
         made = make_plan(facts, cluster_of(devices), prompt_tokens=prompt_tokens)
     budget_s = None if tpot_ms is None else tpot_ms / 1e3
@@ -212,7 +212,7 @@ def kv_width(layer: Any) -> int:
 # --- output ---------------------------------------------------------------------------------------------
 
 
-def patch(model: str, cluster: Path, facts: "ModelFacts", devices: "DevicesFile") -> str:
+def patch(model: str, cluster: Path, dtype: str, facts: "ModelFacts", devices: "DevicesFile") -> str:
     """What ``--k8s`` prints. Raises ConfigError where the model does not fit."""
     from raymoe.planning.layout import cluster_of, problems
     from raymoe.planning.pods import kustomize_patch, pod_groups
@@ -220,7 +220,8 @@ def patch(model: str, cluster: Path, facts: "ModelFacts", devices: "DevicesFile"
     found = problems(facts, cluster_of(devices))
     if found:
         raise ConfigError(f"{cluster}: it does not fit: {'; '.join(found)}")
-    head = f"# Made by: raymoe plan {model} --cluster {cluster} --k8s\n"
+    precision = "" if dtype == "auto" else f" --dtype {dtype}"
+    head = f"# Made by: raymoe plan {model} --cluster {cluster}{precision} --k8s\n"
     return head + yaml.safe_dump(kustomize_patch(pod_groups(facts, devices)), sort_keys=False)
 
 

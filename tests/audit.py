@@ -1,8 +1,8 @@
 """Known vulnerabilities of the installed packages, by pip-audit: ``make audit``.
 
-Asks the service that can be reached: OSV, else PyPI. Where neither can, that is no failure: it says so and leaves with
-0. Leaves with 1 where something is found. A mirror of PyPI may answer and know nothing of vulnerabilities, which must
-not be taken for a clean result: so a service counts only if it knows one that is known to be there.
+Asks OSV. Where it can't be reached, that is no failure: it says so and leaves with 0. Leaves with 1 where something is
+found. What answers may know nothing of vulnerabilities, which must not be taken for a clean result: so a service counts
+only if it knows one that is known to be there.
 """
 
 import importlib.util
@@ -16,9 +16,8 @@ from typing import Any
 
 SERVICES = {
     "osv": "https://api.osv.dev/v1/vulns/GHSA-h5c8-rqwp-cp95",
-    "pypi": "https://pypi.org/pypi/jinja2/3.1.2/json",
 }
-"""By pip-audit's name, where each tells of one of Jinja2's old vulnerabilities."""
+"""By pip-audit's name, where it tells of one of Jinja2's old vulnerabilities."""
 EVIDENCE = "GHSA-h5c8-rqwp-cp95"
 REACH_TIMEOUT_S = 10.0
 AUDIT_TIMEOUT_S = 600.0

@@ -31,8 +31,8 @@ DRAIN_LOOK_S = 0.05  # between looks whether the last answer has ended
 class EngineServer:
     """Answers prompts as streams of batches.
 
-    The constructor blocks until the model is ready and raises RaymoeError where it can't be; Serve tries again a
-    few times and then gives the deployment up.
+    The constructor blocks until the model is ready and raises RaymoeError where it can't be; Serve then gives the
+    deployment up.
     """
 
     def __init__(self, config: ClusterConfig) -> None:

@@ -25,6 +25,7 @@ NAME = re.compile(r"ray_raymoe_[a-z0-9_]+")
 KEPT_LABELS = (
     "app",
     "device",
+    "state",
     "le",
     "NodeAddress",
     "WorkerId",

@@ -24,10 +24,10 @@ ADMIN_PATHS = "/v1/admin/"
 class Guard:
     """ASGI middleware: lets a request pass, or answers 401, 403 or 429.
 
-    Where keys are configured, every path but /health needs one: as ``Authorization: Bearer KEY``, or as the password of
-    HTTP's own Basic form, which browsers ask people for. Requests that cost work (POST, but for settings) count against
-    the key's limits until their answer has been sent. Where none are configured, everybody may ask, and settings are
-    changed from this machine only.
+    Where keys are configured, every path but the open ones needs one: as ``Authorization: Bearer KEY``, or as the
+    password of HTTP's own Basic form, which browsers ask people for. Requests that cost work (POST, but for settings)
+    count against the key's limits until their answer has been sent. Where none are configured, everybody may ask, and
+    settings are changed from this machine only.
 
     Args:
         open_paths: need no key ever; one that ends in a slash opens what is below it, but "/" itself only.

@@ -81,7 +81,9 @@ def environment_keys(environment: Mapping[str, str]) -> tuple[Key, ...]:
     except yaml.YAMLError:
         data = None
     if not isinstance(data, dict):
-        raise ConfigError(f"{ENVIRONMENT} must hold YAML such as {{alice: {{sha256: …}}}}; `raymoe keys new` prints it")
+        raise ConfigError(
+            f"{ENVIRONMENT} must hold YAML such as `raymoe keys new NAME --file FILE` writes: {{alice: {{sha256: …}}}}"
+        )
     return parse_keys(data, ENVIRONMENT)
 
 

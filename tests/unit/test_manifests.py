@@ -55,7 +55,7 @@ def test_an_overlay_is_right(overlay: str, overlays: dict[str, list[Document]], 
     assert problems(overlays[overlay], schemas) == []
 
 
-def test_all_that_the_issue_of_edge_clusters_names_is_there(overlays: dict[str, list[Document]]) -> None:
+def test_every_kind_of_cluster_has_an_overlay(overlays: dict[str, list[Document]]) -> None:
     assert {"cpu-demo", "edge-gpu", "ft", "jetson"} <= set(overlays)
     kinds = {document["kind"] for document in overlays["ft"]}
     assert {"RayService", "Service", "Secret", "NetworkPolicy", "PodDisruptionBudget", "StatefulSet"} <= kinds

@@ -206,7 +206,7 @@ def test_the_documentation_has_a_row_for_every_metric() -> None:
     assert [row for row in rows if row[0] != "raymoe_nodes_unreachable"] == wanted
 
 
-def test_devices_have_what_the_issue_of_observing_them_needs() -> None:
+def test_devices_tell_what_an_operator_asks_for() -> None:
     fields = {metric.field for metric in (*DEVICES, *SEEN_DEVICES)}
     assert {"resident", "hits", "misses", "substituted", "prefetches_used", "prefetches_late"} <= fields
     assert {"prefetches_wasted", "bytes_loaded", "link_busy_s", "peak_slot_bytes", "heartbeat_age_s"} <= fields
@@ -238,6 +238,14 @@ def test_nodes_are_merged_into_one_text_of_one_application() -> None:
     assert sum(line.startswith("ray_raymoe_decode_steps_total{") for line in lines) == 2
     assert not any("other" in line or "ray_node_cpu" in line for line in lines)
     assert 'raymoe_nodes_unreachable{app="demo"} 1.0' in lines
+
+
+def test_merged_series_keep_every_label_that_tells_them_apart() -> None:
+    for metric in ALL:
+        labels = ",".join(f'{label}="{"demo" if label == "app" else label}"' for label in metric.labels)
+        text = f"# TYPE {metric.exported} gauge\n{metric.exported}{{{labels}}} 1.0\n"
+        line = next(line for line in merged([text], "demo").decode().splitlines() if line.startswith(metric.exported))
+        assert all(f'{label}="' in line for label in metric.labels), metric.name
 
 
 def test_a_node_that_says_something_else_adds_nothing() -> None:

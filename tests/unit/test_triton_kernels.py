@@ -122,6 +122,7 @@ def test_route(kernels: GpuKernels, sigmoid: bool, renormalised: bool, experts: 
     assert_alike(weights, expected * 1.5)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of what is no number
 @pytest.mark.parametrize("sigmoid", [True, False])
 @pytest.mark.parametrize("renormalised", [True, False])
 @pytest.mark.parametrize(("experts", "broken"), [(8, [3]), (60, [59]), (60, list(range(60)))])
