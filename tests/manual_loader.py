@@ -84,7 +84,7 @@ class ManualLoader:
         """Loads that have not ended."""
         return [ticket for ticket in self.tickets.values() if not ticket.done]
 
-    def set_clock(self) -> None:
+    def watch(self, on: bool) -> None:
         pass
 
     def close(self) -> None:

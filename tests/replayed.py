@@ -48,7 +48,8 @@ class ReplayStep:
         if self._thread is None:
             return True
         self._thread.join(timeout=0.001)
+        is_alive = self._thread.is_alive()
         error, self._error = self._error, None
         if error is not None:
             raise error
-        return not self._thread.is_alive()
+        return not is_alive

@@ -188,6 +188,12 @@ class DeviceTurns:
             [TurnMemory(**talk.memory(), **self._staging.memory(layer)) for layer, talk in enumerate(self._talks)]
         )
 
+    def abandon(self) -> None:
+        """The step was not enqueued: the device has counted no turn."""
+        if not self._is_whole:
+            self._must_restart = True
+            self._end()
+
     def serve(self, look: Callable[[], bool]) -> None:
         """Answer for each layer as the device comes to it, and account for the step."""
         if self._is_whole:
@@ -204,7 +210,11 @@ class DeviceTurns:
             self._give_up(look)
             raise
         finally:
-            self._scheduler.dispatcher.account(self._staging.name, self._staging.end())
+            self._end()
+
+    def _end(self) -> None:
+        """The step is over, well or not."""
+        self._scheduler.dispatcher.account(self._staging.name, self._staging.end())
 
     def _until(self, comes: Callable[[], bool], look: Callable[[], bool]) -> None:
         """Wait for the device; prefetches go on meanwhile."""

@@ -113,6 +113,11 @@ class CudaLoader:
         self._places = 0
         self._waited = 0  # the place in the stream that computing waits for already
 
+    def follow_host(self, on: bool) -> None:
+        """Set ``follows_host``. Of a step that is enqueued afterwards no copy waits any more, whoever enqueues it."""
+        with self._lock:
+            self.follows_host = on
+
     def start(self, source: ExpertTensors, target: ExpertTensors, nbytes: int, priority: int) -> CudaTicket:
         """Begin a load: all of it now, or, ahead of need, when the link has room for it."""
         assert isinstance(source, PackedExpert) and isinstance(target, PackedExpert), "experts move in one piece"
@@ -207,8 +212,7 @@ class CudaLoader:
 
     def watch(self, on: bool) -> None:
         """While on, every load is timed, and the device's time related to the host's."""
-        with self._lock:
-            self.clock = read_clock(self.stream) if on else None
+        self.clock = read_clock(self.stream) if on else None  # outside the lock, for it waits for the stream
 
     def close(self) -> None:
         """Wait for copies in flight."""

@@ -147,7 +147,7 @@ class Staging:
         if self._addressed != self._version():
             self._address_sources()
         if self._loader is not None:
-            self._loader.follows_host = True
+            self._loader.follow_host(True)
 
     def take(self, layer: int, experts_K: np.ndarray) -> np.ndarray:
         """The slots of one row's experts, int32, negative for those that are not there.
@@ -306,7 +306,7 @@ class Staging:
         """The step has ended. What it cost, without any output."""
         self._hold(False)
         if self._loader is not None:
-            self._loader.follows_host = False
+            self._loader.follow_host(False)
         hits, misses, hosted = (after - before for after, before in zip(self._pairs(), self._before, strict=True))
         changes = [shelf.take_changes() for shelf in self._shelves]
         loads = [loads for _, _, loads in changes]

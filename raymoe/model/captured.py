@@ -49,6 +49,10 @@ class StepExperts(Protocol):
         """The device is idle, and a step is about to be enqueued."""
         ...
 
+    def abandon(self) -> None:
+        """The step could not be enqueued."""
+        ...
+
     def serve(self, look: Callable[[], bool]) -> None:
         """The step is enqueued: decide for each layer as the device comes to it; return when the step has ended.
 
@@ -151,8 +155,11 @@ class CapturedDecode:
     def decode(self, state: SequenceState, token: int) -> torch.Tensor | None:
         """The logits after one more token ([vocabulary], float32); None where the step can't be captured.
 
-        Mutates ``state``, whose own cache lags behind until ``release``.
+        Mutates ``state``, whose own cache lags behind until ``release``. Raises EngineStoppedError where the device did
+        not go on with a step, and what it failed with.
         """
+        if self._step is not None and not self._step.is_done():
+            raise EngineStoppedError("the device has not ended an earlier step yet")
         if self._refused is not None or not self._take(state):
             return None
         assert self._cache is not None
@@ -230,10 +237,12 @@ class CapturedDecode:
     def _run(self) -> None:
         step = self._step
         assert step is not None
-        if not step.is_done():
-            raise EngineStoppedError("the device has not ended an earlier step yet")
         self._experts.begin()
-        step.run()
+        try:
+            step.run()
+        except BaseException:
+            self._experts.abandon()
+            raise
         self._experts.serve(step.is_done)
 
 

@@ -316,3 +316,27 @@ def test_a_device_that_is_still_at_an_earlier_step_gets_no_other(wide: Path, mon
                 runner.decode(state, answer[-1])
         answer.append(int(runner.decode(state, answer[-1]).argmax()))
         assert answer == reference_at(wide, PROMPT, 3)
+
+
+@pytest.mark.usefixtures("first_moments")
+def test_a_step_that_could_not_be_enqueued_leaves_host_and_device_in_step(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
+        captured(service)
+        runner, worker = service.runner, service.experts.dispatcher.only_worker
+        logits, state = runner.prefill(PROMPT)
+        answer = [int(logits.argmax())]
+        answer.append(int(runner.decode(state, answer[-1]).argmax()))
+
+        def full() -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(runner.captured._step, "run", full)
+            with pytest.raises(torch.OutOfMemoryError):
+                runner.decode(state, answer[-1])
+        assert not worker._in_hand
+        while len(answer) < 6:
+            answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        assert answer == reference_at(wide, PROMPT, 6)
