@@ -124,7 +124,7 @@ class PlayedTurns(TimedTurns):
     def hears(self, known: int) -> None:
         """The device tells so many logits of each layer."""
         for talk in self._talks:
-            talk.listen_for(Words(TINY.top_k, known))
+            talk.words = Words(TINY.top_k, known)
 
     @property
     def talks(self) -> list[Dialogue]:
@@ -193,7 +193,7 @@ class HostBench:
         )
         known = TINY.experts if policy.scheduling.policy == "importance" else 0
         turns.hears(known)
-        device = PlayedDevice(turns.talks, [2 * TINY.top_k + known] * TINY.layers, LAYER_S, HEAD_S)
+        device = PlayedDevice(turns.talks, LAYER_S, HEAD_S)
         turns.open()
         step_s, waited_s = [], []
         for number in range(WARM_UP + STEPS):

@@ -70,7 +70,7 @@ class PlayedDevice:
     """Runs steps.
 
     Args:
-        talks: of the layers; ``words``: what each of them tells, in float32.
+        talks: of the layers, which know what each of them tells.
         layer_s, head_s: for which it computes a layer, and what comes after the last one.
 
     Attributes:
@@ -80,11 +80,11 @@ class PlayedDevice:
         OSError: there is no C++ compiler.
     """
 
-    def __init__(self, talks: list[Dialogue], words: list[int], layer_s: float, head_s: float) -> None:
+    def __init__(self, talks: list[Dialogue], layer_s: float, head_s: float) -> None:
         self._library = _built()
         self._told = _addresses([talk.told for talk in talks])
         self._decided = np.array([talk.memory()["decided"] for talk in talks], dtype=np.uint64)
-        self._words = np.array(words, dtype=np.int64)
+        self._words = np.array([talk.words.total for talk in talks], dtype=np.int64)
         self._top_k = talks[0].memory()["k"]
         self._times_ns = int(1e9 * layer_s), int(1e9 * head_s)
         self._data: list[np.ndarray] = []

@@ -119,17 +119,17 @@ class Dialogue:
     """One layer's: what the device tells, and what the host answers.
 
     Args:
-        most: what the device tells at most.
-        sums: elements of what the host computes itself; 0: it does not.
+        most: what the device tells at most. Where that includes the row, the host computes a part of it itself.
 
     Attributes:
-        words: what it does tell; the most, until ``listen_for`` says otherwise.
+        words: what it does tell; the most, until somebody says otherwise.
         told: where it does, on the host.
         there: the same memory on the device; decided, sums: words of the host's answer there, [2 K] and [H].
     """
 
-    def __init__(self, share: Share, most: Words, sums: int) -> None:
-        top_k = most.top_k
+    def __init__(self, share: Share, most: Words) -> None:
+        top_k, sums = most.top_k, most.state
+        self.words = most
         told, decided = share(most.total, torch.float32), share(2 * top_k, torch.int64)
         self.told, self.there = told.host, told.device
         self._bits = told.host.view(np.uint32)
@@ -138,7 +138,6 @@ class Dialogue:
         self._slots_K, self._weights_K = self._value_W[:top_k].view(np.int32), self._value_W[top_k:].view(np.float32)
         summed = share(sums, torch.int64) if sums else Shared(np.zeros(0, dtype=np.int64), torch.empty(0))
         self._sums, self.sums = summed.host, summed.device
-        self.listen_for(most)
         self.forget()
 
     def memory(self) -> dict[str, int]:
@@ -150,14 +149,10 @@ class Dialogue:
             "k": len(self._slots_K),
         }
 
-    def listen_for(self, words: Words) -> None:
-        """The device tells these."""
-        self.words, self._last = words, words.total - 1
-
     def heard(self) -> bool:
         """Whether all of it has arrived."""
-        bits = self._bits
-        return bits[self._last] != UNHEARD and not (bits[: self._last] == UNHEARD).any()
+        bits = self._bits[: self.words.total]
+        return bits[-1] != UNHEARD and not (bits == UNHEARD).any()
 
     def forget(self) -> None:
         """What was told is of no more use."""

@@ -95,13 +95,13 @@ class DeviceTurns:
         """Of what is asked for now. The host adds its part to what kernels give, who alone leave its experts out."""
         staging = self._staging
         self._asked = self._asks()
-        self._hidden = [
+        hidden_L = [
             staging.hidden(layer) if staging.may_assist and isinstance(compute, KernelRow) else 0
             for layer, compute in enumerate(self._computes)
         ]
         self._talks = [
-            Dialogue(self._share, Words(k, staging.most_experts, staging.most_experts, hidden), hidden)
-            for k, hidden in zip(self._top_k, self._hidden, strict=True)
+            Dialogue(self._share, Words(k, staging.most_experts, staging.most_experts, hidden))
+            for k, hidden in zip(self._top_k, hidden_L, strict=True)
         ]
         self._books = RowBooks(self._scheduler, staging, self._talks)
 
@@ -125,8 +125,8 @@ class DeviceTurns:
             return self._computes[layer](hidden_1H, experts_K, self._tables[layer], weights_K)
         talk, turn = self._talks[layer], self._turns[layer : layer + 1]
         logits_E, coming_E = self._logits(layer), self._forecast(layer)
-        hidden = self._hidden[layer]
-        talk.listen_for(Words(experts_K.numel(), numel(logits_E), numel(coming_E), hidden))
+        hidden = talk.words.state
+        talk.words = Words(experts_K.numel(), numel(logits_E), numel(coming_E), hidden)
         told_H = hidden_1H.view(-1) if hidden else None
         self._kernels.publish(experts_K, weights_K, logits_E, coming_E, told_H, talk.there)
         slots_K, weights_K = self._slots[layer], self._weights[layer]

@@ -136,7 +136,7 @@ class Staging:
 
     def slots_by_expert(self, layer: int) -> np.ndarray:
         """int32 per expert of the layer: its slot, -1 for those that are in none."""
-        slots_E: np.ndarray = self._by_layer[layer].residency.ready_slot_LE[layer][: len(self._owned[layer])].copy()
+        slots_E: np.ndarray = self._by_layer[layer].residency.ready_slot_LE[layer][: self.experts(layer)].copy()
         return slots_E
 
     def begin(self) -> None:
@@ -203,7 +203,7 @@ class Staging:
             "target": self._target_of[id(shelf)].ctypes.data,
             "bytes": shelf.expert_bytes,
             "ranked": shelf.ranked_LR[layer].ctypes.data,
-            "experts": len(self._owned[layer]),
+            "experts": self.experts(layer),
         }
 
     def eager(self) -> tuple[int, tuple[int, int] | None]:
@@ -248,7 +248,7 @@ class Staging:
 
     def ready(self, layer: int) -> np.ndarray:
         """Bool per expert of the layer, whether it is in a slot."""
-        ready_E: np.ndarray = self._by_layer[layer].residency.ready_slot_LE[layer][: len(self._owned[layer])] >= 0
+        ready_E: np.ndarray = self._by_layer[layer].residency.ready_slot_LE[layer][: self.experts(layer)] >= 0
         return ready_E
 
     def stage(

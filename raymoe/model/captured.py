@@ -182,14 +182,15 @@ class CapturedDecode:
 
     def _take(self, state: SequenceState) -> bool:
         """Whether the sequence lies in the fixed cache now, with room for one token more."""
-        cache, is_current = self._cache, self._experts.is_current
-        if self._is_owner(state) and cache is not None and state.length < cache.capacity and is_current:
+        cache = self._cache
+        fits = cache is not None and state.length < cache.capacity and self._experts.is_current
+        if fits and self._is_owner(state):
             return True
         owner = self._owner() if self._owner is not None else None
         if owner is not None:
             self.release(owner)
         reason = why_not_fixed(state.kwargs.get("past_key_values"))
-        if reason is None and (cache is None or state.length >= cache.capacity or not is_current):
+        if reason is None and not fits:
             reason = self._capture(state)
         if reason is not None:
             log.warning("decode steps run uncaptured, kernel by kernel: %s", reason)
@@ -198,10 +199,10 @@ class CapturedDecode:
         assert self._cache is not None
         self._cache.take(state.kwargs["past_key_values"], state.length)
         self._owner = weakref.ref(state)
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(
-                self._model.device
-            )  # with a prompt, whose experts' slots a load may take from now on
+        if (
+            self._model.device.type == "cuda"
+        ):  # a prompt may be under way, whose experts' slots loads may take from now on
+            torch.cuda.synchronize(self._model.device)
         return True
 
     def _capture(self, state: SequenceState) -> str | None:

@@ -15,6 +15,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from raymoe.observe.metrics import ALL
+
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
@@ -22,14 +24,12 @@ NODE_TIMEOUT_S = 3.0
 MOST_BYTES = 16 << 20  # of one node: Ray's own metrics are some hundred kB
 PREFIX = "ray_raymoe_"
 NAME = re.compile(r"ray_raymoe_[a-z0-9_]+")
-KEPT_LABELS = (
-    "app",
-    "device",
-    "state",
+KEPT_LABELS = {
+    *(label for metric in ALL for label in metric.labels),
     "le",
     "NodeAddress",
     "WorkerId",
-)  # the others are the same everywhere, or the exporter's
+}  # the others are the same everywhere, or the exporter's
 FAMILY = re.compile(r"# (?:HELP|TYPE) (\S+)|(\w+)[{ ]")
 
 

@@ -22,6 +22,7 @@ from raymoe.model import fixed_cache
 from raymoe.model.captured import CapturedDecode
 from raymoe.model.fixed_cache import FixedCache
 from raymoe.model.gpu_blocks import use_gpu_kernels
+from raymoe.model.runner import Runner, SequenceState
 from raymoe.model.sites import attach_sites
 from raymoe.types import ExpertKey
 from tests.local import local_service
@@ -59,6 +60,18 @@ def captured(service: ModelService) -> ReplayRecorder:
 
 def tokens_of(service: ModelService, prompt: list[int], count: int) -> list[int]:
     return [*service.generate(prompt, max_tokens=count, temperature=0.0, ignore_eos=True).token_ids]
+
+
+def begin(runner: Runner) -> tuple[SequenceState, list[int]]:
+    """A sequence that has read the prompt, and its first token."""
+    logits, state = runner.prefill(PROMPT)
+    return state, [int(logits.argmax())]
+
+
+def go_on(runner: Runner, state: SequenceState, answer: list[int], count: int) -> None:
+    """Decode until the answer has so many tokens."""
+    while len(answer) < count:
+        answer.append(int(runner.decode(state, answer[-1]).argmax()))
 
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -231,15 +244,13 @@ def test_a_step_whose_load_fails_ends_and_the_next_goes_on(wide: Path) -> None:
     with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
         captured(service)
         runner, loader = service.runner, service.experts.dispatcher.only_worker._loader
-        logits, state = runner.prefill(PROMPT)
-        answer = [int(logits.argmax())]
-        answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        state, answer = begin(runner)
+        go_on(runner, state, answer, 2)
         link, loader._link = loader._link, BrokenLink()
         with pytest.raises(OSError, match="the bus is gone"):
             runner.decode(state, answer[-1])
         loader._link = link
-        while len(answer) < 5:
-            answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        go_on(runner, state, answer, 5)
         assert runner.captured.refused is None
     assert answer == reference_at(wide, PROMPT, 5)
 
@@ -273,22 +284,16 @@ def test_a_change_of_what_is_asked_for_is_captured(wide: Path) -> None:
         told: list[int] = []
         expect = scheduler.dispatcher.expect
         scheduler.dispatcher.expect = lambda layer, *args: (told.append(layer), expect(layer, *args))
-        logits, state = runner.prefill(PROMPT)
-        answer = [int(logits.argmax())]
-
-        def decode(count: int) -> None:
-            for _ in range(count):
-                answer.append(int(runner.decode(state, answer[-1]).argmax()))
-
+        state, answer = begin(runner)
         told.clear()
-        decode(2)
+        go_on(runner, state, answer, 3)
         assert recorder.captures == 1 and not told
         scheduler.reconfigure(service.config.scheduling.model_copy(update={"prefetch": "gate"}))
-        decode(2)
+        go_on(runner, state, answer, 5)
         assert recorder.captures == 2 and told
         scheduler.reconfigure(service.config.scheduling)
         told.clear()
-        decode(2)
+        go_on(runner, state, answer, 7)
         assert recorder.captures == 3 and not told
         assert answer == reference_at(wide, PROMPT, 7)
 
@@ -306,15 +311,14 @@ def test_a_device_that_is_still_at_an_earlier_step_gets_no_other(wide: Path, mon
     with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
         captured(service)
         runner = service.runner
-        logits, state = runner.prefill(PROMPT)
-        answer = [int(logits.argmax())]
-        answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        state, answer = begin(runner)
+        go_on(runner, state, answer, 2)
         step = runner.captured._step
         with monkeypatch.context() as patched:
             patched.setattr(step, "is_done", lambda: False)
             with pytest.raises(EngineStoppedError, match="an earlier step"):
                 runner.decode(state, answer[-1])
-        answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        go_on(runner, state, answer, 3)
         assert answer == reference_at(wide, PROMPT, 3)
 
 
@@ -325,9 +329,8 @@ def test_a_step_that_could_not_be_enqueued_leaves_host_and_device_in_step(
     with local_service(wide, slot_memory=4 * EXPERT_BYTES) as service:
         captured(service)
         runner, worker = service.runner, service.experts.dispatcher.only_worker
-        logits, state = runner.prefill(PROMPT)
-        answer = [int(logits.argmax())]
-        answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        state, answer = begin(runner)
+        go_on(runner, state, answer, 2)
 
         def full() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -337,6 +340,5 @@ def test_a_step_that_could_not_be_enqueued_leaves_host_and_device_in_step(
             with pytest.raises(torch.OutOfMemoryError):
                 runner.decode(state, answer[-1])
         assert not worker._in_hand
-        while len(answer) < 6:
-            answer.append(int(runner.decode(state, answer[-1]).argmax()))
+        go_on(runner, state, answer, 6)
         assert answer == reference_at(wide, PROMPT, 6)

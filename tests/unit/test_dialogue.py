@@ -10,8 +10,8 @@ TOP_K, HIDDEN = 2, 5
 
 
 def dialogue() -> Dialogue:
-    talk = Dialogue(share, Words(TOP_K, logits=8), HIDDEN)
-    talk.listen_for(Words(TOP_K, logits=3))
+    talk = Dialogue(share, Words(TOP_K, logits=3, state=HIDDEN))
+    talk.words = Words(TOP_K, logits=3)
     return talk
 
 

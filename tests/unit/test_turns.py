@@ -32,7 +32,7 @@ class Layers:
         self.ranked_LR = np.full((layers, slots + 1), -1, dtype=np.int32)
         self.source_E = np.arange(100, 100 + experts, dtype=np.uint64)
         self.target_S = np.arange(900, 900 + slots, dtype=np.uint64)
-        self.talks = [Dialogue(share, Words(top_k, experts), 0) for _ in range(layers)]
+        self.talks = [Dialogue(share, Words(top_k, experts)) for _ in range(layers)]
         self.copied: list[tuple[int, int, int, int]] = []
         self.refuses = False
         self._copy: Any = COPY(self._note)
