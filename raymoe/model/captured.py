@@ -199,9 +199,8 @@ class CapturedDecode:
         assert self._cache is not None
         self._cache.take(state.kwargs["past_key_values"], state.length)
         self._owner = weakref.ref(state)
-        if (
-            self._model.device.type == "cuda"
-        ):  # a prompt may be under way, whose experts' slots loads may take from now on
+        if self._model.device.type == "cuda":
+            # a prompt may be under way, in whose experts' slots loads may begin from now on
             torch.cuda.synchronize(self._model.device)
         return True
 
